@@ -1,0 +1,75 @@
+"""Memory of a forward (peak resident set during it minus that after load and packing), and of what acceleration keeps.
+
+Each model runs in a fresh process, so that nothing that an earlier call left in an allocator hides a part of the peak.
+"""
+
+from __future__ import annotations
+
+import pytest
+
+from inpaintrt.testing import memory
+
+CASES = {"lama_mini": (400, 600), "big_lama": (512, 512)}
+ALLOWED_KEPT = 0.25  # of the parameters' bytes, for folded or packed weights
+
+
+def forward(name: str, accelerated: bool, height: int, width: int):
+    """In a fresh process: a model is loaded and packed, then another one like it, whose forward is measured.
+
+    The first one pays for what any first forward leaves behind (imports, oneDNN's code, threads), so that the memory
+    that the second keeps after acceleration and a small forward is its folded and packed weights.
+    """
+    import torch
+
+    import inpaintrt
+    from inpaintrt.testing import memory, recipe
+
+    torch.set_grad_enabled(False)
+    x = recipe.image("photo", 1, 4, height, width)
+    for _ in range(2):
+        model = None  # the first model goes before the second one comes
+        if name == "big_lama":
+            model = recipe.fill(inpaintrt.models.create("lama", n_blocks=18, base_width=64)).eval()
+        else:
+            model = inpaintrt.load(name).eval()
+        memory.settle()
+        loaded = memory.status("VmRSS")
+        if accelerated:
+            inpaintrt.accelerate(model)
+        model(x[..., :64, :64])
+        memory.settle()
+        kept = memory.status("VmRSS") - loaded
+    peak = memory.peak_of(lambda: model(x))
+    parameters = sum(p.nbytes for p in model.parameters())
+    return {"kept": kept, "extra": peak.extra, "parameters": parameters, "seconds": peak.seconds}
+
+
+@pytest.mark.skipif(bool(memory.missing()), reason=f"not run: {memory.missing()}")
+@pytest.mark.parametrize("name", CASES)
+def test_memory(versus, name):
+    if versus.smoke:
+        memory.in_fresh_process(forward, name, True, 128, 128)
+        versus.skip_timing()
+        return
+    size, runs = CASES[name], 2
+    found = {
+        kind: [memory.in_fresh_process(forward, name, accelerated, *size) for _ in range(runs)]
+        for kind, accelerated in (("eager", False), ("inpaintrt", True))
+    }
+    extra = {kind: min(run["extra"] for run in runs) for kind, runs in found.items()}
+    kept = max(0, min(run["kept"] for run in found["inpaintrt"]))
+    parameters = found["eager"][0]["parameters"]
+    ours, theirs = extra["inpaintrt"] / 2**20, extra["eager"] / 2**20
+    # Their seconds are those of a first forward in a process that just gave its memory back: kept, but not compared.
+    versus.record(
+        {kind: [run["seconds"] for run in runs] for kind, runs in found.items()},
+        shape=(1, 4, *size),
+        model=name,
+        extra_memory=extra,
+        kept_bytes=kept,
+        parameter_bytes=parameters,
+        notes=[
+            f"forward needs {ours:.0f} MiB, eager {theirs:.0f}: {ours / theirs:.2f}x (allowed 1); acceleration keeps "
+            f"{kept / 2**20:.1f} MiB, {kept / parameters:.2f}x the parameters (allowed {ALLOWED_KEPT})"
+        ],
+    )

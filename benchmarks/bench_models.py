@@ -1,0 +1,58 @@
+"""Whole networks: the untouched model, torch.compile of it with its weights frozen, and the accelerated one."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+import inpaintrt
+from inpaintrt import models
+from inpaintrt.runtime.spec import Cost
+from inpaintrt.testing import recipe
+
+SMOKE = (128, 128)
+
+
+def lama_mini() -> nn.Module:
+    return inpaintrt.load("lama_mini")
+
+
+def big_lama() -> nn.Module:
+    """big-lama's shape with recipe weights: its time does not depend on their values."""
+    return recipe.fill(models.create("lama", n_blocks=18, base_width=64))
+
+
+# name: (how to make it, height and width, rounds; None = as many as the time budget allows)
+CASES = {"lama_mini": (lama_mini, (400, 600), None), "big_lama": (big_lama, (512, 512), 4)}
+
+
+def masked_photo(height: int, width: int) -> Tensor:
+    """(1, 4, H, W): an image with a rectangular hole set to 0, and the mask (1 = hole)."""
+    image = recipe.image("photo", 1, 3, height, width)
+    mask = torch.zeros(1, 1, height, width)
+    mask[..., height // 4 : height // 2, width // 3 : 2 * width // 3] = 1
+    return torch.cat([image * (1 - mask), mask], dim=1)
+
+
+def cost(model: nn.Module, x: Tensor) -> Cost:
+    """Flops of the convolutions as written (Winograd transforms need fewer); bytes of weights, input and output."""
+    with FlopCounterMode(display=False) as counter:
+        out = model(x)
+    return Cost(counter.get_total_flops(), sum(p.nbytes for p in model.parameters()) + x.nbytes + out.nbytes)
+
+
+@pytest.mark.parametrize("name", CASES)
+@torch.no_grad()
+def test_model(versus, device, name):
+    make, size, rounds = CASES[name]
+    original = make().eval().to(device)
+    accelerated = inpaintrt.accelerate(copy.deepcopy(original))
+    x = masked_photo(*(SMOKE if versus.smoke else size)).to(device)
+    candidates = {"eager": lambda: original(x), "inpaintrt": lambda: accelerated(x)}
+    if not versus.smoke:
+        candidates["compile"] = versus.compiled(original, x, freezing=device.type == "cpu")
+    versus(candidates, cost=cost(original, x), rounds=rounds, device=device, shape=x.shape, model=name)

@@ -1,0 +1,250 @@
+// Python binding: turns an op's argument tuple into an `irt_call` and runs a kernel or a launch planner on it.
+//
+// There is no per-op code here. Tensors are read through DLPack's exchange table (about 50 ns each, no reference taken);
+// the GIL is released while a kernel runs.
+#include <dlfcn.h>
+#include <pybind11/pybind11.h>
+
+#include <string>
+
+#include "dlpack.h"
+#include "inpaintrt/abi.h"
+
+namespace py = pybind11;
+
+namespace {
+
+PyTypeObject* tensor_type = nullptr;
+const irt::dlpack::ExchangeApi* exchange = nullptr;
+
+void bind_tensor_type(const py::type& type) {
+  const py::object capsule = type.attr("__dlpack_c_exchange_api__");
+  const auto* api =
+      static_cast<const irt::dlpack::ExchangeApi*>(PyCapsule_GetPointer(capsule.ptr(), irt::dlpack::kCapsule));
+  if (!api) throw py::error_already_set();
+  if (api->major != irt::dlpack::kMajor) {
+    throw std::runtime_error("torch's DLPack exchange table has major version " + std::to_string(api->major) + ", this build reads 1");
+  }
+  tensor_type = reinterpret_cast<PyTypeObject*>(py::object(type).release().ptr());  // lives as long as the process
+  exchange = api;
+}
+
+int dtype_code(const irt::dlpack::Tensor& t) {
+  switch (t.dtype.code << 8 | t.dtype.bits) {
+    case 2 << 8 | 32: return IRT_F32;
+    case 2 << 8 | 16: return IRT_F16;
+    case 4 << 8 | 16: return IRT_BF16;
+    case 2 << 8 | 64: return IRT_F64;
+    case 0 << 8 | 32: return IRT_I32;
+    case 0 << 8 | 64: return IRT_I64;
+    case 1 << 8 | 8: return IRT_U8;
+    case 6 << 8 | 8: return IRT_BOOL;
+    default: return -1;
+  }
+}
+
+// An `irt_call` and the memory behind it. Fixed capacity: a call allocates nothing.
+class Call {
+ public:
+  Call(py::tuple args, py::tuple outs, int device_type, int threads) : device_type_(device_type) {
+    call_.threads = threads;
+    call_.device = -1;
+    call_.nargs = checked(args.size(), kValues);
+    for (int i = 0; i < call_.nargs; ++i) read(args[i].ptr(), values_[i]);
+    call_.nouts = checked(outs.size(), kViews - used_views_);
+    irt_view* first = views_ + used_views_;
+    for (int i = 0; i < call_.nouts; ++i) view(outs[i].ptr());
+    call_.args = values_;
+    call_.outs = first;
+    if (device_type == irt::dlpack::kCuda && call_.device >= 0) {
+      if (exchange->current_stream(device_type, call_.device, &call_.stream)) throw py::error_already_set();
+    }
+  }
+  const irt_call* get() const { return &call_; }
+
+ private:
+  static constexpr int kValues = 40, kViews = 64, kInts = 128;
+
+  static int checked(size_t n, int limit) {
+    if (n > static_cast<size_t>(limit)) throw py::value_error("too many arguments for one native call");
+    return static_cast<int>(n);
+  }
+
+  const irt_view* view(PyObject* object) {
+    if (!PyObject_TypeCheck(object, tensor_type)) throw py::type_error("expected a torch.Tensor");
+    irt::dlpack::Tensor t;
+    if (exchange->tensor_from_object(object, &t)) throw py::error_already_set();
+    const bool here = t.device.type == device_type_ ||
+                      (device_type_ == irt::dlpack::kCpu && t.device.type == irt::dlpack::kCudaHost);
+    if (!here) throw py::value_error("a tensor is on another device than this backend's");
+    if (device_type_ == irt::dlpack::kCuda) {
+      if (call_.device >= 0 && call_.device != t.device.index) throw py::value_error("tensors are on different CUDA devices");
+      call_.device = t.device.index;
+    }
+    checked(used_views_ + 1, kViews);
+    irt_view& out = views_[used_views_++];
+    out.dtype = dtype_code(t);
+    out.ndim = t.ndim;
+    if (out.dtype < 0 || t.ndim > IRT_MAX_DIMS) throw py::value_error("a tensor's dtype or rank has no native form");
+    out.data = static_cast<char*>(t.data) + t.byte_offset;
+    for (int d = 0; d < t.ndim; ++d) {
+      out.sizes[d] = t.shape[d];
+      out.strides[d] = t.strides[d];
+    }
+    return &out;
+  }
+
+  void read(PyObject* object, irt_value& value) {
+    value.count = 1;
+    if (object == Py_None) {
+      value.kind = IRT_NONE;
+    } else if (PyObject_TypeCheck(object, tensor_type)) {
+      value.kind = IRT_TENSOR;
+      value.tensors = view(object);
+    } else if (PyFloat_Check(object)) {
+      value.kind = IRT_FLOAT;
+      value.f = PyFloat_AS_DOUBLE(object);
+    } else if (PyLong_Check(object)) {  // bool too
+      value.kind = IRT_INT;
+      value.i = integer(object);
+    } else if (PyUnicode_Check(object)) {
+      value.kind = IRT_STRING;
+      value.s = PyUnicode_AsUTF8(object);
+      if (!value.s) throw py::error_already_set();
+    } else if (PyList_Check(object) || PyTuple_Check(object)) {
+      read_list(object, value);
+    } else {
+      throw py::type_error(std::string("an argument of type ") + Py_TYPE(object)->tp_name + " has no native form");
+    }
+  }
+
+  void read_list(PyObject* object, irt_value& value) {
+    const Py_ssize_t n = PySequence_Fast_GET_SIZE(object);
+    value.count = static_cast<int32_t>(n);
+    const bool tensors = n > 0 && PyObject_TypeCheck(PySequence_Fast_GET_ITEM(object, 0), tensor_type);
+    value.kind = tensors ? IRT_TENSORS : IRT_INTS;
+    if (tensors) {
+      value.tensors = views_ + used_views_;
+      for (Py_ssize_t i = 0; i < n; ++i) view(PySequence_Fast_GET_ITEM(object, i));
+    } else {
+      checked(used_ints_ + n, kInts);
+      value.ints = ints_ + used_ints_;
+      for (Py_ssize_t i = 0; i < n; ++i) ints_[used_ints_++] = integer(PySequence_Fast_GET_ITEM(object, i));
+    }
+  }
+
+  static int64_t integer(PyObject* object) {
+    const long long value = PyLong_AsLongLong(object);
+    if (value == -1 && PyErr_Occurred()) throw py::error_already_set();
+    return value;
+  }
+
+  int device_type_;
+  int used_views_ = 0, used_ints_ = 0;
+  irt_call call_{};
+  irt_value values_[kValues];
+  irt_view views_[kViews];
+  int64_t ints_[kInts];
+};
+
+void raise_unless_ok(const irt_status& status) {
+  if (status.code == IRT_OK) return;
+  if (status.code == IRT_BAD_ARGUMENT) throw py::value_error(status.message);
+  if (status.code == IRT_OUT_OF_MEMORY) {
+    PyErr_SetString(PyExc_MemoryError, status.message);
+    throw py::error_already_set();
+  }
+  throw std::runtime_error(status.message);
+}
+
+struct Kernel {
+  irt_kernel run;
+  int device_type;
+
+  void operator()(const py::tuple& args, const py::tuple& outs, int threads) const {
+    const Call call(args, outs, device_type, threads);
+    irt_status status{};
+    {
+      const py::gil_scoped_release release;
+      run(call.get(), &status);
+    }
+    raise_unless_ok(status);
+  }
+};
+
+struct Planner {
+  irt_planner plan;
+
+  // (entry, grid, block, shared bytes, parameter bytes); a grid with a zero means that there is nothing to do.
+  py::tuple operator()(const py::tuple& args, const py::tuple& outs, int device_type) const {
+    const Call call(args, outs, device_type, 0);
+    irt_plan p{};
+    irt_status status{};
+    plan(call.get(), &p, &status);
+    raise_unless_ok(status);
+    return py::make_tuple(std::string(p.entry), py::make_tuple(p.grid[0], p.grid[1], p.grid[2]),
+                          py::make_tuple(p.block[0], p.block[1], p.block[2]), p.shared_bytes,
+                          py::bytes(reinterpret_cast<const char*>(p.params), p.params_bytes));
+  }
+};
+
+struct CudaLibrary {
+  void* handle = nullptr;
+  irt_kernel (*find)(const char*) = nullptr;
+  const char* (*info)() = nullptr;
+} cuda;
+
+void load_cuda(const std::string& path) {
+  cuda.handle = dlopen(path.c_str(), RTLD_NOW | RTLD_LOCAL);
+  if (!cuda.handle) throw std::runtime_error(dlerror());
+  cuda.find = reinterpret_cast<decltype(cuda.find)>(dlsym(cuda.handle, "irt_cuda_find"));
+  cuda.info = reinterpret_cast<decltype(cuda.info)>(dlsym(cuda.handle, "irt_cuda_info"));
+  if (!cuda.find || !cuda.info) throw std::runtime_error(path + " is not an inpaintrt CUDA library");
+}
+
+py::object kernel_or_none(irt_kernel run, int device_type) {
+  if (!run) return py::none();
+  return py::cast(Kernel{run, device_type});
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "Native kernels of inpaintrt behind one generic call";
+  py::class_<Kernel>(m, "Kernel").def("__call__", &Kernel::operator(), py::arg("args"), py::arg("outs"), py::arg("threads"));
+  py::class_<Planner>(m, "Planner")
+      .def("__call__", &Planner::operator(), py::arg("args"), py::arg("outs"), py::arg("device_type"));
+  m.def("bind_tensor_type", &bind_tensor_type);
+  m.def("cpu_kernel", [](const char* name) { return kernel_or_none(irt_cpu_find(name), irt::dlpack::kCpu); });
+  m.def("cpu_kernels", [] {
+    py::list names;
+    for (int i = 0; i < irt_cpu_count(); ++i) names.append(irt_cpu_name(i));
+    return names;
+  });
+  m.def("planner", [](const char* name) -> py::object {
+    const irt_planner plan = irt_plan_find(name);
+    return plan ? py::cast(Planner{plan}) : py::none();
+  });
+  m.def("load_cuda", &load_cuda);
+  m.def("cuda_kernel", [](const char* name) {
+    return kernel_or_none(cuda.find ? cuda.find(name) : nullptr, irt::dlpack::kCuda);
+  });
+  m.def("cuda_info", [] { return std::string(cuda.info ? cuda.info() : ""); });
+  m.def("cpu_isa", [] {
+    if (!irt_cpu_isa()) throw py::value_error(irt_cpu_isa_error());
+    return irt_cpu_isa();
+  });
+  m.def("openmp_runtime", [] { return std::string(irt_openmp_runtime()); });
+  m.def("arena_bytes", &irt_arena_bytes);
+  m.def("arena_peak_bytes", &irt_arena_peak_bytes);
+  m.def("arena_set_limit", &irt_arena_set_limit);
+  m.def("empty_cache", &irt_empty_cache);
+  m.def("build_info", [] {
+    py::dict info;
+    info["version"] = INPAINTRT_VERSION;
+    info["abi"] = irt_abi_version();
+    info["compiler"] = "g++ " __VERSION__;
+    info["isas"] = INPAINTRT_ISAS;
+    return info;
+  });
+}

@@ -1,0 +1,118 @@
+/* The C ABI of inpaintrt's native code.
+ *
+ * A kernel is a C function of one `irt_call`: the op's arguments in schema order, then its outputs. Nothing here knows
+ * torch, Python or CUDA headers, so that the same kernels serve the Python package, a C++ product and the tests.
+ * Strides and sizes are in elements; a kernel validates what it reads and reports through `irt_status`, never by exception.
+ */
+#ifndef INPAINTRT_ABI_H
+#define INPAINTRT_ABI_H
+
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+#define IRT_ABI_VERSION 1
+#define IRT_MAX_DIMS 6
+
+typedef enum irt_dtype {
+  IRT_F32 = 0,
+  IRT_F16 = 1,
+  IRT_BF16 = 2,
+  IRT_F64 = 3,
+  IRT_I32 = 4,
+  IRT_I64 = 5,
+  IRT_U8 = 6,
+  IRT_BOOL = 7
+} irt_dtype;
+
+typedef struct irt_view {
+  void* data;
+  int32_t dtype; /* irt_dtype */
+  int32_t ndim;
+  int64_t sizes[IRT_MAX_DIMS];
+  int64_t strides[IRT_MAX_DIMS];
+} irt_view;
+
+typedef enum irt_kind {
+  IRT_NONE = 0, /* an optional argument that is absent */
+  IRT_TENSOR = 1,
+  IRT_TENSORS = 2,
+  IRT_INT = 3, /* also bool */
+  IRT_FLOAT = 4,
+  IRT_STRING = 5,
+  IRT_INTS = 6 /* also a list of bool */
+} irt_kind;
+
+typedef struct irt_value {
+  int32_t kind;  /* irt_kind */
+  int32_t count; /* of TENSORS and INTS */
+  union {
+    const irt_view* tensors; /* TENSOR (one) or TENSORS */
+    int64_t i;
+    double f;
+    const char* s;
+    const int64_t* ints;
+  };
+} irt_value;
+
+typedef struct irt_call {
+  const irt_value* args;
+  const irt_view* outs;
+  int32_t nargs;
+  int32_t nouts;
+  int32_t threads; /* CPU: at most this many; CUDA: unused */
+  int32_t device;  /* CUDA device index; -1 on CPU */
+  void* stream;    /* CUDA: the stream to launch on; CPU: NULL */
+} irt_call;
+
+typedef enum irt_code {
+  IRT_OK = 0,
+  IRT_BAD_ARGUMENT = 1,
+  IRT_UNSUPPORTED = 2,
+  IRT_OUT_OF_MEMORY = 3,
+  IRT_DEVICE_ERROR = 4
+} irt_code;
+
+typedef struct irt_status {
+  int32_t code; /* irt_code */
+  char message[252];
+} irt_status;
+
+typedef void (*irt_kernel)(const irt_call* call, irt_status* status);
+
+/* Where and with what a CUDA kernel is launched: computed once, in plain host C++, for the nvcc and the NVRTC path alike. */
+typedef struct irt_plan {
+  char entry[192]; /* the C++ name expression of the kernel instance, e.g. "irt::gated_activation<float, 3>" */
+  uint32_t grid[3];
+  uint32_t block[3];
+  uint32_t shared_bytes;
+  uint32_t params_bytes;
+  unsigned char params[1024]; /* the kernel's only parameter, passed by value; empty grid = nothing to do */
+} irt_plan;
+
+typedef void (*irt_planner)(const irt_call* call, irt_plan* plan, irt_status* status);
+
+/* CPU kernels, at the best ISA of this machine or the one forced with INPAINTRT_CPU_ISA (scalar, avx2, avx512). */
+int irt_abi_version(void);
+const char* irt_cpu_isa(void);       /* the chosen one; NULL when the forced name is unknown or not supported here */
+const char* irt_cpu_isa_error(void); /* why irt_cpu_isa() is NULL; "" otherwise */
+irt_kernel irt_cpu_find(const char* name);
+irt_planner irt_plan_find(const char* name);
+int irt_cpu_count(void); /* of kernels at the chosen ISA, for listings */
+const char* irt_cpu_name(int index);
+
+/* The workspace arena shared by all CPU kernels. */
+int64_t irt_arena_bytes(void);            /* held now, in use or kept for reuse */
+int64_t irt_arena_peak_bytes(void);       /* most that was ever held */
+void irt_arena_set_limit(int64_t bytes);  /* of what is kept for reuse; default 1 GiB */
+void irt_empty_cache(void);               /* give back what is not in use */
+
+/* The OpenMP runtime this library is bound to: a path, or "" for serial execution. */
+const char* irt_openmp_runtime(void);
+
+#ifdef __cplusplus
+}
+#endif
+#endif

@@ -1,0 +1,294 @@
+"""The command line: `inpaintrt fill | demo | info | explain | verify | bench`, a thin layer over the Python API.
+
+Exit status: 0 done; 1 done with failures (a file of a folder, a verification); 2 nothing done, one line says why.
+Progress and messages go to stderr, reports to stdout.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+from torch import nn
+
+import inpaintrt as irt
+
+from . import pipeline
+from .report import Report
+from .runtime.errors import InpaintRTError, KernelError, UnsupportedError
+from .runtime.settings import BACKENDS
+
+DEFAULT_MODEL = "lama_mini"
+_WEIGHTS = (".safetensors", ".pt", ".pth", ".ckpt", ".bin")
+
+
+class UsageError(InpaintRTError):
+    """An argument that cannot be used; the message is for the person who typed it."""
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"inpaintrt: error: {message} (see {self.prog} --help)\n")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; the exit status. `argv` without the program's name, default `sys.argv[1:]`."""
+    args = _parser().parse_args(argv)
+    threads = torch.get_num_threads()
+    try:
+        if getattr(args, "threads", None):
+            torch.set_num_threads(args.threads)
+        return int(args.run(args))
+    except KernelError:
+        raise  # a defect of the library: the traceback belongs in the report
+    except BrokenPipeError:
+        # The reader of our output (head, less) has gone: nothing is left to say, also not by the interpreter at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except (InpaintRTError, OSError) as error:
+        say(f"error: {' '.join(str(error).splitlines())}")
+        return 2
+    except KeyboardInterrupt:
+        say("interrupted")
+        return 130
+    finally:
+        torch.set_num_threads(threads)
+
+
+def say(message: str) -> None:
+    print(f"inpaintrt: {message}", file=sys.stderr, flush=True)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="inpaintrt", description="Fill holes in photos with inpainting networks made fast.")
+    parser.add_argument("--version", action="version", version=f"inpaintrt {irt.__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=_Parser)
+
+    def command(
+        name: str, run: Callable[[argparse.Namespace], int], summary: str, more: str = ""
+    ) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=summary, description=f"{summary[0].upper()}{summary[1:]}. {more}".strip())
+        sub.set_defaults(run=run)
+        return sub
+
+    fill = command(
+        "fill",
+        _fill,
+        "fill the hole of a photo, or of every photo in a folder",
+        "The mask is white (128 or more) where the photo is to be filled, and has the size of the photo as displayed. "
+        "Pixels outside the hole stay bit-identical in .png, .webp, .tif, .bmp and .ppm. "
+        "In folders, a.jpg belongs to a.png, a-mask.png or a_mask.png.",
+    )
+    fill.add_argument("photo", type=Path, metavar="PHOTO", help="photo, or folder of photos")
+    fill.add_argument("mask", type=Path, metavar="MASK", help="mask, or folder of masks (may be the photos' own)")
+    fill.add_argument("-o", "--out", type=Path, required=True, help="file to write, or folder")
+    fill.add_argument("--invert-mask", action="store_true", help="black is the hole, white is kept")
+    fill.add_argument("--overwrite", action="store_true", help="replace files that exist")
+    fill.add_argument("--format", default="png", metavar="SUFFIX", help="of the results in a folder (default: png)")
+    fill.add_argument(
+        "--max-pixels",
+        type=_positive,
+        default=pipeline.MAX_PIXELS,
+        metavar="N",
+        help="larger photos are filled in crops around their holes, which bounds memory (default: %(default)s)",
+    )
+    fill.add_argument(
+        "--margin",
+        type=_not_negative,
+        default=pipeline.MARGIN,
+        metavar="N",
+        help="pixels of context around a hole in such crops (default: %(default)s)",
+    )
+    fill.add_argument("--no-accelerate", action="store_true", help="run the reference network")
+    _model_options(fill)
+
+    demo = command("demo", _demo, "fill the photo that ships with the package, with times and errors before and after")
+    demo.add_argument(
+        "-o", "--out", type=Path, default=Path(), metavar="DIR", help="folder of the picture (default: this one)"
+    )
+    _run_options(demo)
+
+    info = command(
+        "info", _info, "show versions, devices, instruction sets and backends, with reasons where one is absent"
+    )
+    info.add_argument("--json", action="store_true", help="as JSON")
+
+    for name, run, summary in (
+        ("explain", _explain, "show what each module of a model runs on, and why not on something else"),
+        ("verify", _verify, "compare an accelerated model with the untouched one, module by module"),
+    ):
+        sub = command(name, run, summary)
+        _model_options(sub)
+        _size_option(sub)
+        style = sub.add_mutually_exclusive_group()
+        style.add_argument("--json", action="store_true", help="as JSON")
+        style.add_argument("--markdown", action="store_true", help="as Markdown")
+
+    bench = command("bench", _bench, "time a model or an op against its reference, interleaved in one process")
+    bench.add_argument("what", nargs="?", default=DEFAULT_MODEL, metavar="MODEL_OR_OP", help="default: %(default)s")
+    bench.add_argument("--rounds", type=_positive, default=10, metavar="N", help="default: %(default)s")
+    bench.add_argument("--json", type=Path, metavar="FILE", help="also write the numbers and the machine's identity")
+    _size_option(bench)
+    _run_options(bench)
+    return parser
+
+
+def _model_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--model",
+        default=DEFAULT_MODEL,
+        metavar="NAME|FILE",
+        help="a model that ships with the package, or LaMa weights (.safetensors, .pt, .ckpt); default: %(default)s",
+    )
+    _run_options(parser)
+
+
+def _run_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--backend", choices=BACKENDS, default="auto", help="default: %(default)s")
+    parser.add_argument("--threads", type=_positive, metavar="N", help="default: torch's (OMP_NUM_THREADS)")
+
+
+def _size_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--size", type=_size, default=(400, 600), metavar="HxW", help="height x width (default: 400x600)"
+    )
+
+
+def _positive(text: str) -> int:
+    if (value := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"{value} is not positive")
+    return value
+
+
+def _not_negative(text: str) -> int:
+    if (value := int(text)) < 0:
+        raise argparse.ArgumentTypeError(f"{value} is negative")
+    return value
+
+
+def _size(text: str) -> tuple[int, int]:
+    try:
+        height, width = (int(part) for part in text.lower().split("x"))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not HEIGHTxWIDTH, such as 400x600") from None
+    return height, width
+
+
+def _load(name: str) -> nn.Module:
+    """A shipped model by name, or LaMa weights by path."""
+    path = Path(name)
+    is_file = path.suffix.lower() in _WEIGHTS or os.sep in name or path.is_file()
+    try:
+        model: nn.Module = irt.load("lama", path) if is_file else irt.load(name)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+    return model
+
+
+def _fill(args: argparse.Namespace) -> int:
+    from PIL import Image
+
+    from . import jobs
+
+    # Sizes are limited by an error in read_photo; Pillow's earlier warning would only alarm.
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        suffix = "." + args.format.lower().lstrip(".")
+        work = jobs.plan(args.photo, args.mask, args.out, suffix=suffix, overwrite=args.overwrite)
+        model = _load(args.model)
+        if not args.no_accelerate:
+            irt.accelerate(model, backend=args.backend)
+        one = not args.photo.is_dir()
+        if not one:
+            args.out.mkdir(parents=True, exist_ok=True)
+        start, failed = time.perf_counter(), 0
+        for number, job in enumerate(work, 1):
+            begin = time.perf_counter()
+            try:
+                done = jobs.fill_file(
+                    model,
+                    job,
+                    invert_mask=args.invert_mask,
+                    max_pixels=args.max_pixels,
+                    margin=args.margin,
+                    overwrite=args.overwrite,
+                )
+            except (KernelError, UnsupportedError):
+                raise  # the next photo would meet the same
+            except InpaintRTError as error:
+                if one:
+                    raise
+                failed += 1
+                say(f"[{number}/{len(work)}] {job.photo.name}  FAILED: {error}")
+                continue
+            for note in done.notes:
+                say(f"note: {note}")
+            for warning in done.warnings:
+                say(f"warning: {warning}")
+            say(f"[{number}/{len(work)}] {job.photo.name}  {time.perf_counter() - begin:.2f} s  {done.mask}")
+        if not one:
+            seconds = time.perf_counter() - start
+            say(f"{len(work) - failed} filled, {failed} failed, {seconds:.1f} s; results in {args.out}")
+    return 1 if failed else 0
+
+
+def _demo(args: argparse.Namespace) -> int:
+    from . import demo
+
+    return 0 if demo.run(args.out, backend=args.backend) else 1
+
+
+def _info(args: argparse.Namespace) -> int:
+    report = irt.info()
+    print(report.to_json() if args.json else report)
+    return 0
+
+
+def _explain(args: argparse.Namespace) -> int:
+    return _reported(args, irt.explain)
+
+
+def _verify(args: argparse.Namespace) -> int:
+    return _reported(args, irt.verify)
+
+
+def _reported(args: argparse.Namespace, ask: Callable[..., Report]) -> int:
+    model = _load(args.model)
+    example = _example(model, args.size)
+    irt.accelerate(model, backend=args.backend)
+    report = ask(model, example)
+    print(report.to_json() if args.json else report.to_markdown() if args.markdown else report)
+    return 0 if report.ok else 1
+
+
+def _example(model: nn.Module, size: tuple[int, int]) -> torch.Tensor:
+    """The demo photo at `size`, as a LaMa takes it."""
+    from .demo import example
+
+    net: Any = model
+    if min(size) < net.min_size or any(side % net.size_multiple for side in size):
+        accepted = f"both sides must be multiples of {net.size_multiple} and at least {net.min_size}"
+        raise UsageError(f"--size {size[0]}x{size[1]}: {accepted}")
+    return example(*size)
+
+
+def _bench(args: argparse.Namespace) -> int:
+    from . import bench
+
+    if args.what in bench.op_names():
+        report = bench.op(args.what, backend=args.backend, rounds=args.rounds)
+    else:
+        model = _load(args.what)
+        example = _example(model, args.size)
+        report = bench.model(model, example, name=args.what, backend=args.backend, rounds=args.rounds)
+    print(report)
+    if args.json:
+        bench.write_json(args.json, report)
+    return 0

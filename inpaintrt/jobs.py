@@ -1,0 +1,137 @@
+"""Which files are filled with which masks, and one of them from file to file."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import nn
+
+from . import images, pipeline
+from .runtime.errors import ImageError
+
+_ENDINGS = ("-mask", "_mask")
+
+
+@dataclass(frozen=True)
+class Job:
+    """A photo, its mask and the file that the result goes to."""
+
+    photo: Path
+    mask: Path
+    target: Path
+
+
+@dataclass(frozen=True)
+class Done:
+    """What became of a job. `mask` describes the hole; `notes` and `warnings` are sentences for a person."""
+
+    mask: str
+    notes: Sequence[str]
+    warnings: Sequence[str]
+
+
+def plan(photo: Path, mask: Path, out: Path, *, suffix: str = ".png", overwrite: bool = False) -> list[Job]:
+    """The jobs for two files, or for two folders; everything that can be known to fail does so here, before any work.
+
+    In folders a photo `a.jpg` belongs to the mask `a.*`, `a-mask.*` or `a_mask.*`; subfolders and hidden files are not
+    looked at. Photos and masks may lie in one folder; masks then need the ending. Results are `<out>/<photo's
+    stem><suffix>`.
+
+    Raises: `ImageError`.
+    """
+    for path in (photo, mask):
+        if not path.exists():
+            raise ImageError(f"{path}: no such file or folder")
+    if photo.is_dir() != mask.is_dir():
+        folder, file = (photo, mask) if photo.is_dir() else (mask, photo)
+        raise ImageError(f"{folder} is a folder and {file} a file; give two files or two folders")
+    if not photo.is_dir():
+        images.writes(out)
+        images.check_target(out, overwrite=overwrite)
+        return [Job(photo, mask, out)]
+    images.writes(Path("out").with_suffix(suffix))
+    jobs = [Job(p, m, out / (p.stem + suffix)) for p, m in _pairs(photo, mask)]
+    targets = defaultdict(list)
+    for job in jobs:
+        targets[job.target].append(job.photo.name)
+    clashes = [f"{' and '.join(names)} would become one {t.name}" for t, names in targets.items() if len(names) > 1]
+    if out.exists() and not out.is_dir():
+        clashes.append(f"{out} is a file; give a folder")
+    if not overwrite and (old := [target.name for target in targets if target.exists()]):
+        clashes.append(f"in {out} there are already {_some(old)}; --overwrite replaces them")
+    if clashes:
+        raise ImageError("; ".join(clashes))
+    return jobs
+
+
+def fill_file(
+    model: nn.Module,
+    job: Job,
+    *,
+    invert_mask: bool = False,
+    max_pixels: int = pipeline.MAX_PIXELS,
+    margin: int = pipeline.MARGIN,
+    overwrite: bool = False,
+) -> Done:
+    """Read photo and mask, fill, write; the target appears whole or not at all.
+
+    Raises: `ImageError` for files, `InpaintRTError` for what goes wrong in the network.
+    """
+    photo = images.read_photo(job.photo)
+    images.check_writable(job.target, photo)
+    mask = images.read_mask(job.mask, invert=invert_mask)
+    images.check_sizes(photo, mask)
+    warnings = []
+    if not mask.hole.any():
+        warnings.append(f"{job.mask.name} marks no hole: the pixels are written as they are, the network was not run")
+    elif mask.hole.all():
+        warnings.append(f"{job.mask.name} marks every pixel as hole: the network sees nothing of the photo")
+    if not (target := images.writes(job.target)).lossless:
+        warnings.append(f"{job.target.name}: {target.name} is lossy, known pixels are only as exact as it keeps them")
+    if photo.orientation != 1 and not target.exif:
+        warnings.append(f"{job.target.name}: {target.name} holds no orientation; the pixels are written as displayed")
+    filled = pipeline.fill(model, photo.rgb, mask.hole, max_pixels=max_pixels, margin=margin)
+    images.write_photo(job.target, photo, filled, mask.hole, overwrite=overwrite)
+    return Done(mask.describe(), photo.notes, warnings)
+
+
+def _pairs(photos: Path, masks: Path) -> list[tuple[Path, Path]]:
+    shared = photos.samefile(masks)
+    pictures = [path for path in _pictures(photos) if not shared or not path.stem.endswith(_ENDINGS)]
+    candidates = [path for path in _pictures(masks) if not shared or path.stem.endswith(_ENDINGS)]
+    by_stem: dict[str, list[Path]] = defaultdict(list)
+    for path in candidates:
+        by_stem[path.stem].append(path)
+    found = {path: [m for ending in ("", *_ENDINGS) for m in by_stem[path.stem + ending]] for path in pictures}
+    used = {path for matches in found.values() for path in matches}
+    problems = []
+    if not pictures:
+        problems.append(f"no photos in {photos} ({', '.join(sorted(images.READ_SUFFIXES))})")
+    if missing := [path.name for path, matches in found.items() if not matches]:
+        problems.append(f"no mask in {masks} for {_some(missing)} (same stem, or with -mask or _mask after it)")
+    if double := [path.name for path, matches in found.items() if len(matches) > 1]:
+        problems.append(f"more than one mask in {masks} for {_some(double)}")
+    if spare := [path.name for path in candidates if path not in used]:
+        problems.append(f"no photo in {photos} for the masks {_some(spare)}")
+    if problems:
+        raise ImageError("; ".join(problems))
+    return [(path, matches[0]) for path, matches in found.items()]
+
+
+def _pictures(folder: Path) -> list[Path]:
+    try:
+        return sorted(
+            path
+            for path in folder.iterdir()
+            if path.suffix.lower() in images.READ_SUFFIXES and not path.name.startswith(".") and path.is_file()
+        )
+    except OSError as error:
+        raise ImageError(f"{folder}: {error.strerror}") from error
+
+
+def _some(names: Sequence[str]) -> str:
+    """Names for a message: all, or the first ten and a count."""
+    return ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")

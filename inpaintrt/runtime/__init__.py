@@ -1,0 +1,1 @@
+"""What every op shares: specification, registration, dispatch, native library, settings, module swapping."""

@@ -1,0 +1,142 @@
+"""From a call to a kernel: the life of every op, eager or compiled.
+
+Outputs are allocated (and arguments checked) by the spec; the candidates are the spec's lanes that can run this op on
+this device and dtype, computed once; the first whose refusals yield nothing runs. Whatever a kernel then raises
+propagates: nothing is retried on another backend.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .errors import KernelError, UnsupportedError
+from .policy import Policy, policy, requested
+from .settings import settings
+from .spec import Args, Lane, OpSpec, Outputs, as_outputs
+
+log = logging.getLogger("inpaintrt")
+
+Observer = Callable[[str, str, Args], None]
+observers: list[Observer] = []
+"""Called with (op, backend, arguments) for each launch; `explain` and tests listen. Empty in normal use."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    backend: str
+    refuses: Callable[..., Iterator[str]] | None
+    launch: Callable[[Args, Outputs], None]
+
+
+class Dispatcher:
+    """Runs one op (or its gradient): `name` with `lanes`, or `reference` where no lane fits."""
+
+    def __init__(
+        self, name: str, base: str, lanes: Mapping[str, Lane], reference: Callable[..., Any], out: Callable[..., Outputs]
+    ) -> None:
+        self.name = name
+        self.base = base  # the op whose policy applies: a gradient follows its op
+        self.lanes = lanes
+        self.reference = reference
+        self.out = out
+        self._cache: dict[tuple[str, torch.dtype, torch.device], tuple[Candidate, ...]] = {}
+        self._told: set[tuple[str, ...]] = set()
+
+    def __call__(self, args: Args, key: Tensor) -> Outputs:
+        """`args` in schema order; `key` is the tensor whose device and dtype decide (the first tensor argument)."""
+        outs = self.out(*args)
+        chosen = requested(policy.get(), self.base)
+        lookup = (chosen, key.dtype, key.device)
+        candidates = self._cache.get(lookup)
+        if candidates is None:
+            candidates = self._cache[lookup] = tuple(self._candidates(*lookup))
+        for candidate in candidates:
+            if candidate.refuses is None or next(candidate.refuses(*args), None) is None:
+                if observers:
+                    self._observe(candidate.backend, args)
+                try:
+                    candidate.launch(args, outs)
+                except Exception as error:
+                    raise KernelError(f"{self.name} on {candidate.backend} failed for {describe(args)}: {error}") from error
+                return outs
+        return self._fall_back(chosen, args, key, outs)
+
+    def reasons(self, args: Args, key: Tensor) -> dict[str, list[str]]:
+        """Every backend with the sentences that speak against it for this call; an empty list means that it can run."""
+        result = {}
+        for backend, lane in self.lanes.items():
+            sentences = self._static(backend, lane, key.dtype, key.device)
+            if not sentences and lane.refuses is not None:
+                sentences = list(lane.refuses(*args))
+            result[backend] = sentences
+        return result
+
+    def clear(self) -> None:
+        """Forget which backends are present (tests, and after an installation changed under a running process)."""
+        self._cache.clear()
+        self._told.clear()
+
+    def _candidates(self, chosen: str, dtype: torch.dtype, device: torch.device) -> Iterator[Candidate]:
+        for backend, lane in self.lanes.items():
+            if chosen in ("auto", backend) and not self._static(backend, lane, dtype, device):
+                yield Candidate(backend, lane.refuses, _backend(backend).launcher(self.name))
+
+    def _static(self, backend: str, lane: Lane, dtype: torch.dtype, device: torch.device) -> list[str]:
+        sentences = []
+        if dtype not in lane.dtypes:
+            accepted = ", ".join(sorted(str(d).removeprefix("torch.") for d in lane.dtypes))
+            sentences.append(f"dtype {str(dtype).removeprefix('torch.')} is not among {accepted}")
+        if reason := _backend(backend).missing(self.name, device):
+            sentences.append(reason)
+        return sentences
+
+    def _fall_back(self, chosen: str, args: Args, key: Tensor, outs: Outputs) -> Outputs:
+        if chosen not in ("auto", "reference") and (chosen in self.lanes or self.name == self.base):
+            reasons = self.reasons(args, key).get(chosen, [f"{self.name} has no {chosen} backend"])
+            raise UnsupportedError(self.name, {chosen: reasons})
+        if chosen == "auto":
+            reasons = self.reasons(args, key)
+            if settings.strict:
+                raise UnsupportedError(self.name, reasons)
+            summary = tuple(f"{backend}: {'; '.join(why)}" for backend, why in reasons.items())
+            if summary not in self._told:
+                self._told.add(summary)
+                log.info("%s runs its reference: %s", self.name, " | ".join(summary) or "no backend has a kernel for it")
+        if observers:
+            self._observe("reference", args)
+        # The outputs' strides are a promise (the fake kernel made it), so the reference's result is copied into them.
+        for out, value in zip(outs, as_outputs(self.reference(*args)), strict=True):
+            out.copy_(value)
+        return outs
+
+    def _observe(self, backend: str, args: Args) -> None:
+        for observer in tuple(observers):
+            observer(self.name, backend, args)
+
+
+def describe(args: Args) -> str:
+    """Arguments as text for messages: tensors by shape, dtype, strides and device."""
+
+    def one(value: Any) -> str:
+        if isinstance(value, Tensor):
+            kind = str(value.dtype).removeprefix("torch.")
+            return f"{tuple(value.shape)} {kind} strides {value.stride()} on {value.device}"
+        if isinstance(value, (list, tuple)):
+            return "[" + ", ".join(map(one, value)) + "]"
+        return repr(value)
+
+    return ", ".join(map(one, args))
+
+
+def _backend(name: str) -> Any:
+    return importlib.import_module(f"inpaintrt.backends.{name}")
+
+
+__all__ = ["Candidate", "Dispatcher", "Policy", "describe", "log", "observers"]

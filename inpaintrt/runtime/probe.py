@@ -1,0 +1,103 @@
+"""The numeric probe: original and fused forward on small inputs, before a swap is kept.
+
+Structure proposes a swap, numbers decide. Both forwards run through `torch.func.functional_call`, so the module's own
+parameters and buffers are never written; once with recipe weights (a fresh model has zeros and ones where a mistake
+would hide), once with the module's own. Two questions are asked:
+
+1. Do they compute the same function? Both in float64, where rounding is nine digits below anything a mistake causes: they
+   must agree to float32's resolution.
+2. Is the fused form as accurate? In the module's dtype, by the library's one rule (`testing.compare`). Deep containers skip
+   this: depth amplifies rounding chaotically (for big-lama at 16×16 the ratio of two equally accurate computations'
+   errors scatters from 0.5 to 6), so there it would reject by chance; `verify` judges their parts instead.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from inpaintrt.testing.compare import close_to_truth, flat_tensors
+from inpaintrt.testing.recipe import state_for
+
+from .swap import Adapter, disabled, record_of
+
+
+def probe(module: nn.Module) -> str:
+    """Compare a swapped module with its original. An empty string when they agree, else what differs."""
+    record = record_of(module)
+    assert record is not None, "probe() needs a swapped module"
+    own = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+    device = next((t.device for t in own.values()), torch.device("cpu"))
+    devices = [device] if device.type == "cuda" else []
+    fused = _Fused(module, record.adapter)
+    training = {m: m.training for m in module.modules()}
+    try:
+        module.eval()
+        with torch.random.fork_rng(devices=devices), torch.no_grad():
+            for weights, state in (("recipe weights", state_for(module)), ("the model's own weights", own)):
+                state = {name: tensor.detach().clone() for name, tensor in state.items()}
+                double = {name: t.double() if t.is_floating_point() else t for name, t in state.items()}
+                for args in record.adapter.probe_inputs(module):
+                    args = _convert(args, device)
+                    if reason := next(record.adapter.refuses(module, *args), ""):
+                        return f"the fused forward cannot run: {reason}"
+                    with disabled():
+                        expected = flat_tensors(functional_call(module, state, args))
+                        truth = flat_tensors(functional_call(module, double, _double(args)))
+                    wide = flat_tensors(functional_call(fused, _inside(double), _double(args)))
+                    actual = flat_tensors(functional_call(fused, _inside(state), args))
+                    if why := _difference(actual, wide, truth, expected, deep=record.adapter.deep):
+                        return f"probe with {weights}, input {_shapes(args)}: {why}"
+    finally:
+        for m, mode in training.items():
+            m.training = mode
+    return ""
+
+
+class _Fused(nn.Module):
+    """The fused forward alone, without the per-call decision, so that the probe cannot compare the original to itself."""
+
+    def __init__(self, module: nn.Module, adapter: Adapter) -> None:
+        super().__init__()
+        self.module = module
+        self.adapter = adapter
+
+    def forward(self, *args: Any) -> Any:
+        return self.adapter.forward(self.module, *args)
+
+
+def _inside(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {f"module.{name}": tensor for name, tensor in state.items()}
+
+
+def _difference(actual: list[Tensor], wide: list[Tensor], truth: list[Tensor], expected: list[Tensor], *, deep: bool) -> str:
+    if len(actual) != len(expected):
+        return f"{len(actual)} outputs where the original has {len(expected)}"
+    for got, exact, double, base in zip(actual, truth, wide, expected, strict=True):
+        if got.shape != base.shape or got.dtype != base.dtype or got.stride() != base.stride():
+            return (f"output {tuple(got.shape)} {got.dtype} strides {got.stride()} where the original has "
+                    f"{tuple(base.shape)} {base.dtype} strides {base.stride()}")
+        if not bool(got.isfinite().all()) and bool(base.isfinite().all()):
+            return "non-finite output where the original's is finite"
+        gap = (double - exact).abs().max().item() if exact.numel() else 0.0
+        limit = torch.finfo(torch.float32).eps * exact.abs().max().item() if exact.numel() else 0.0
+        if not gap <= limit:
+            return f"another function: in float64 the outputs differ by {gap:.3g}, float32's resolution is {limit:.3g}"
+        if not deep and not (verdict := close_to_truth(got, exact, base)).ok:
+            return verdict.message
+    return ""
+
+
+def _double(args: Any) -> Any:
+    return tuple(_double(a) if isinstance(a, tuple) else a.double() if isinstance(a, Tensor) else a for a in args)
+
+
+def _convert(args: Any, device: torch.device) -> Any:
+    return tuple(_convert(a, device) if isinstance(a, tuple) else a.to(device) if isinstance(a, Tensor) else a for a in args)
+
+
+def _shapes(args: Any) -> str:
+    return ", ".join(str(tuple(t.shape)) for t in flat_tensors(args))

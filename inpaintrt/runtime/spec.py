@@ -1,0 +1,92 @@
+"""An op's specification: its reference and what is true of it, from which everything else is derived."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Outputs = tuple[Tensor, ...]
+Args = tuple[Any, ...]
+
+FLOATS = frozenset({torch.float32, torch.bfloat16, torch.float16})
+
+
+@dataclass(frozen=True)
+class Lane:
+    """What one backend can do for one op."""
+
+    dtypes: frozenset[torch.dtype] = FLOATS
+    refuses: Callable[..., Iterator[str]] | None = None
+    """Called with the op's arguments; yields one sentence per problem, nothing when the call is supported."""
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a call needs at least, for % of floor: floating-point operations, and bytes read plus written."""
+
+    flops: float
+    bytes: float
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One call for tests and benchmarks: shapes of the tensor arguments by name, and the other arguments."""
+
+    id: str
+    shapes: Mapping[str, tuple[int, ...]]
+    kwargs: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, eq=False)
+class OpSpec:
+    """Everything the runtime knows of an op.
+
+    reference: the definition. A typed, differentiable function of plain torch operations; its signature is the schema.
+    out: allocates the outputs from the arguments, checks them (`ValueError`), and serves as the fake kernel; strides
+        depend on the inputs only.
+    lanes: backends in order of preference. The reference is always last and implicit.
+    backward_lanes: backends that have a kernel for the gradient; elsewhere it is the reference's.
+    samples: calls for the generated tests; level "smoke" is a subset of "full"; "bench" is real layer shapes.
+    cost: of a call, from its arguments.
+    """
+
+    name: str
+    reference: Callable[..., Any]
+    out: Callable[..., Outputs]
+    lanes: Mapping[str, Lane]
+    samples: Callable[[str], Iterator[Sample]]
+    cost: Callable[..., Cost]
+    summary: str
+    backward_lanes: Mapping[str, Lane] = field(default_factory=dict)
+    differentiable: bool = True
+
+    def run_reference(self, *args: Any) -> Any:
+        """The reference, given the arguments as one tuple in schema order."""
+        return apply_in_order(self.reference, self.signature, args)
+
+    @functools.cached_property
+    def signature(self) -> inspect.Signature:
+        return inspect.signature(self.reference, eval_str=True)
+
+    def bind(self, *args: Any, **kwargs: Any) -> Args:
+        """The arguments in schema order, defaults filled in."""
+        bound = self.signature.bind(*args, **kwargs)
+        bound.apply_defaults()
+        return tuple(bound.arguments.values())
+
+
+def apply_in_order(function: Callable[..., Any], signature: inspect.Signature, args: Args) -> Any:
+    """Call `function` with arguments in schema order, keyword-only ones by name."""
+    bound = inspect.BoundArguments(signature, dict(zip(signature.parameters, args, strict=True)))  # type: ignore[arg-type]
+    return function(*bound.args, **bound.kwargs)
+
+
+def as_outputs(result: Any) -> Outputs:
+    """An op's Python result as a tuple."""
+    return (result,) if isinstance(result, Tensor) else tuple(result)

@@ -1,0 +1,195 @@
+"""How a module becomes fast: its class is replaced by a generated subclass whose `forward` is an adapter's.
+
+The object stays the same object, so parameters, state-dict keys, hooks, `.to()`, DataParallel and isinstance keep
+working; a deep copy stays swapped; a pickle holds the original class, so that saved files never need this library.
+The subclass decides on every call whether the fused forward applies, and runs the original one where it does not.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import copyreg
+import functools
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import module as _torch_module
+
+from .policy import use_backend
+from .settings import settings
+
+_RECORD = "_inpaintrt"
+_disabled: ContextVar[bool] = ContextVar("inpaintrt_disabled", default=settings.disable)
+
+
+class Adapter(Protocol):
+    """One kind of module that can be swapped. Stateless: everything is read from the module on each call."""
+
+    name: str
+    ops: tuple[str, ...]
+    algorithm: str
+    deep: bool
+    """A container of many layers, whose rounding error its depth amplifies; `verify` judges its parts."""
+
+    def match(self, module: nn.Module) -> str | None:
+        """None: can be swapped. "": not this kind of module. Otherwise: of this kind, and why it cannot be swapped."""
+
+    def forward(self, module: Any, *args: Any) -> Any:
+        """The fused forward; equals the module's own."""
+
+    def refuses(self, module: Any, *args: Any) -> Iterator[str]:
+        """Sentences against this call (types, dtypes); nothing when `forward` can take it."""
+
+    def probe_inputs(self, module: nn.Module) -> Iterator[tuple[Any, ...]]:
+        """Small inputs on which original and fused forward are compared before the swap is kept."""
+
+
+@dataclass(frozen=True)
+class Record:
+    """Why and how one module was swapped."""
+
+    adapter: Adapter
+    backend: str
+    precision: str
+    composited: bool
+
+
+def record_of(module: nn.Module) -> Record | None:
+    return module.__dict__.get(_RECORD)
+
+
+@contextlib.contextmanager
+def disabled() -> Iterator[None]:
+    """Within this context accelerated modules run their original forward."""
+    token = _disabled.set(True)
+    try:
+        yield
+    finally:
+        _disabled.reset(token)
+
+
+def swap(module: nn.Module, record: Record) -> None:
+    if record_of(module) is None:
+        module.__class__ = _subclass(type(module))
+    module.__dict__[_RECORD] = record
+
+
+def restore_module(module: nn.Module) -> None:
+    """Undo `swap`: class and `__dict__` as before."""
+    if record_of(module) is not None:
+        module.__class__ = type(module).__inpaintrt_original__  # type: ignore[attr-defined]
+        del module.__dict__[_RECORD]
+
+
+def obstacles(module: nn.Module) -> Iterator[str]:
+    """What keeps a module's class from being replaced."""
+    if "forward" in module.__dict__:
+        yield "its forward is overridden on the instance (an offloading library's hook), which would hide the swap"
+    if hasattr(module, "parametrizations"):
+        yield "the module itself is parametrized; remove the parametrization first"
+    if isinstance(module, torch.jit.ScriptModule):
+        yield "it is a TorchScript module, which cannot be changed in place"
+
+
+def why_original(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
+    """The reason why this call runs the original forward, or an empty string. Evaluated on every call."""
+    # A compiled graph is fixed: it takes what holds when it is compiled, and context variables cannot be traced.
+    if not torch.compiler.is_compiling() and _disabled.get():
+        return "acceleration is disabled"
+    if kwargs:
+        return f"called with keyword arguments ({', '.join(kwargs)})"
+    if _torch_module._has_any_global_hook():
+        return "global module hooks are installed"
+    for child in module.modules():
+        if child.training:
+            return "the module is in training mode"
+        if child is not module and (child._forward_hooks or child._forward_pre_hooks or child._backward_hooks):
+            return f"a hook sits on a child that the fused forward bypasses ({type(child).__name__})"
+    record: Record = module.__dict__[_RECORD]
+    return next(record.adapter.refuses(module, *args), "")
+
+
+def _run(module: Any, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    if why_original(module, args, kwargs):
+        return original(module, *args, **kwargs)
+    record: Record = module.__dict__[_RECORD]
+    forward = functools.partial(record.adapter.forward, module)
+    if record.precision in ("bf16", "fp16") and not torch.is_autocast_enabled(_device_type(args)):
+        dtype = torch.bfloat16 if record.precision == "bf16" else torch.float16
+        result_dtype = _dtype(args)
+        with torch.autocast(_device_type(args), dtype=dtype):
+            return _cast(_with_backend(record, forward, args), result_dtype)
+    return _with_backend(record, forward, args)
+
+
+def _with_backend(record: Record, forward: Callable[..., Any], args: tuple[Any, ...]) -> Any:
+    if record.backend == "auto" or not record.adapter.ops:
+        return forward(*args)
+    with use_backend(record.backend):
+        return forward(*args)
+
+
+def _tensors(args: Any) -> Iterator[Tensor]:
+    for a in args:
+        if isinstance(a, Tensor):
+            yield a
+        elif isinstance(a, (tuple, list)):
+            yield from _tensors(a)
+
+
+def _device_type(args: tuple[Any, ...]) -> str:
+    return next(_tensors(args)).device.type
+
+
+def _dtype(args: tuple[Any, ...]) -> torch.dtype:
+    return next(_tensors(args)).dtype
+
+
+def _cast(result: Any, dtype: torch.dtype) -> Any:
+    if isinstance(result, Tensor):
+        return result.to(dtype)
+    return type(result)(_cast(r, dtype) for r in result) if isinstance(result, (tuple, list)) else result
+
+
+@functools.cache
+def _subclass(original: type[nn.Module]) -> type[nn.Module]:
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return _run(self, original.forward, args, kwargs)
+
+    def __reduce_ex__(self: Any, protocol: Any) -> Any:
+        state = {name: value for name, value in self.__dict__.items() if name != _RECORD}
+        return copyreg._reconstructor, (original, object, None), state  # type: ignore[attr-defined]
+
+    def __deepcopy__(self: Any, memo: dict[int, Any]) -> Any:
+        twin = cls.__new__(cls)
+        memo[id(self)] = twin
+        record = self.__dict__[_RECORD]
+        twin.__dict__.update(copy.deepcopy({k: v for k, v in self.__dict__.items() if k != _RECORD}, memo))
+        twin.__dict__[_RECORD] = record
+        return twin
+
+    def extra_repr(self: Any) -> str:
+        own = original.extra_repr(self)
+        mark = f"accelerated: {self.__dict__[_RECORD].adapter.name}"
+        return f"{own}, {mark}" if own else mark
+
+    cls = type(
+        original.__name__,
+        (original,),
+        {
+            "forward": forward,
+            "__reduce_ex__": __reduce_ex__,
+            "__deepcopy__": __deepcopy__,
+            "extra_repr": extra_repr,
+            "__module__": original.__module__,
+            "__qualname__": original.__qualname__,
+            "__doc__": original.__doc__,
+            "__inpaintrt_original__": original,
+        },
+    )
+    return cls

@@ -1,0 +1,38 @@
+"""Shared fixtures: devices, levels, and a session summary of which op ran on which backend."""
+
+from __future__ import annotations
+
+import collections
+
+import pytest
+import torch
+
+from inpaintrt.runtime import policy
+
+ran: collections.Counter[tuple[str, str, str]] = collections.Counter()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--full", action="store_true", help="the whole test matrix instead of the smoke subset")
+
+
+def pytest_terminal_summary(terminalreporter) -> None:
+    if ran:
+        terminalreporter.section("op × backend: cases run / refused with a reason")
+        for op, backend in sorted({key[:2] for key in ran}):
+            terminalreporter.write_line(f"{op} · {backend}: {ran[op, backend, 'ran']} / {ran[op, backend, 'refused']}")
+
+
+@pytest.fixture(autouse=True)
+def _deterministic():
+    torch.manual_seed(0)
+    threads = torch.get_num_threads()
+    before = policy.policy.get()
+    yield
+    torch.set_num_threads(threads)
+    assert policy.policy.get() is before, "a test left a backend policy behind"
+
+
+@pytest.fixture
+def full(request) -> bool:
+    return bool(request.config.getoption("--full"))

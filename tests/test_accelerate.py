@@ -1,0 +1,161 @@
+"""Model-level calls: options, reports, bad input."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from torch import nn
+
+import inpaintrt as irt
+from inpaintrt.runtime.swap import record_of
+from inpaintrt.testing import recipe
+
+from . import foreign_lama
+
+
+@pytest.fixture
+def model():
+    return recipe.fill(irt.models.create("lama", n_blocks=2, base_width=4)).eval()
+
+
+@pytest.fixture
+def x():
+    return torch.rand(1, 4, 16, 24)
+
+
+def _swapped(model):
+    return [name for name, m in model.named_modules() if record_of(m)]
+
+
+def test_containers_come_before_what_they_contain(model):
+    irt.accelerate(model)
+    assert _swapped(model) == ["model"]
+
+
+def test_only_and_skip(model):
+    irt.accelerate(model, skip="lama.generator")
+    assert _swapped(model) == []  # its parts are inside a container that could be swapped: skipping it skips them
+    irt.accelerate(model, only=["model.5", "model.6"])
+    assert _swapped(model) == []
+    irt.accelerate(model.model[5], only="lama.*")
+    assert _swapped(model) == ["model.5"]
+    with pytest.raises(ValueError, match="did you mean 'lama.generator'"):
+        irt.accelerate(model, only="lama.generater")
+
+
+def test_bad_options(model):
+    with pytest.raises(ValueError, match="unknown backend 'cudnn'"):
+        irt.accelerate(model, backend="cudnn")
+    with pytest.raises(ValueError, match="precision is 'fp8'"):
+        irt.accelerate(model, precision="fp8")
+
+
+def test_nothing_recognised():
+    model = nn.Sequential(nn.Conv2d(3, 3, 1))
+    assert irt.accelerate(model) is model
+    assert "No module was recognised" in str(irt.explain(model))
+
+
+def test_explain(model, x):
+    before = irt.explain(model)
+    assert before.rows[0]["why not"] == "accelerate was not called"
+    irt.accelerate(model)
+    report = irt.explain(model, x)
+    assert [row["adapter"] for row in report.rows] == ["lama.generator"]
+    assert report.rows[0]["why not"] is None
+    assert "100.0%" in report.notes[0]
+    assert json.loads(report.to_json())["rows"][0]["module"] == "model"
+    assert report.to_markdown().count("|") > 8
+    assert "lama.generator" in str(report)
+    model.train()
+    assert "training" in irt.explain(model, x).rows[0]["why not"]
+
+
+def test_explain_names_the_reason_per_call(model):
+    irt.accelerate(model)
+    report = irt.explain(model, torch.rand(1, 4, 17, 24))
+    assert "not a multiple of 8" in report.rows[0]["why not"]
+
+
+def test_verify(x):
+    model = irt.accelerate(irt.load("lama_mini"))
+    report = irt.verify(model, x)
+    assert report.ok, str(report)
+    assert [row["adapter"] for row in report.rows] == ["lama.ffc"] * 12 + ["lama.generator", None]
+    assert report.rows[-1]["uint8 within 1"] == 1.0
+    with pytest.raises(ValueError, match="example"):
+        irt.verify(model)
+    irt.restore(model)
+    assert "compares it with itself" in str(irt.verify(model, x))
+
+
+def test_verify_finds_a_wrong_swap(x):
+    class Lookalike(foreign_lama.Layer):
+        def forward(self, x):
+            local, wide = super().forward(x)
+            return local * 1.001, wide
+
+    module = irt.accelerate(recipe.fill(Lookalike(16, 16, 3, 0.5, 0.5, padding=1)).eval(), probe=False)
+    report = irt.verify(module, (torch.randn(1, 8, 6, 6), torch.randn(1, 8, 6, 6)))
+    assert not report.ok
+    assert report.rows[0]["of limit"] > 1
+
+
+def test_odd_sizes_behave_like_the_original(model):
+    """Sizes that the fused form does not take run the original, whatever that does."""
+    irt.accelerate(model)
+    odd = torch.rand(1, 4, 18, 30)
+    fast = model(odd)
+    with irt.disabled():
+        assert torch.equal(fast, model(odd))
+    for bad in (torch.rand(1, 4, 8, 8), torch.rand(1, 3, 16, 16), torch.rand(4, 16)):
+        with pytest.raises(RuntimeError) as first, irt.disabled():
+            model(bad)
+        with pytest.raises(RuntimeError) as second:
+            model(bad)
+        assert str(first.value) == str(second.value), "the original's own message"
+
+
+def test_nan_reaches_the_output_as_before(model, x):
+    x[0, 0, 3, 3] = torch.nan
+    irt.accelerate(model)
+    fast = model(x)
+    with irt.disabled():
+        assert torch.equal(fast.isnan(), model(x).isnan())
+
+
+def test_model_and_input_on_other_devices(model, x):
+    """The original's own message, not one from inside the fused form."""
+    with pytest.raises((RuntimeError, NotImplementedError)) as own:
+        model(x.to("meta"))
+    irt.accelerate(model)
+    with pytest.raises((RuntimeError, NotImplementedError)) as ours:
+        model(x.to("meta"))
+    assert str(ours.value) == str(own.value)
+
+
+def test_lazy_names():
+    assert "accelerate" in dir(irt)
+    with pytest.raises(AttributeError, match="acelerate"):
+        irt.acelerate  # noqa: B018
+    for name in irt.__all__:
+        assert getattr(irt, name) is not None
+
+
+def test_info_never_raises_and_sees_one_openmp():
+    torch.ones(4).sum()
+    report = irt.info()
+    items = {row["item"]: row["value"] for row in report.rows}
+    assert "error" not in items
+    assert items["inpaintrt"] == irt.__version__
+    assert items["gated_activation · cpu"] == "available"
+    pools = [row["value"] for row in report.rows if row["item"] == "OpenMP runtime mapped"]
+    assert len(pools) == 1, pools
+    assert items["OpenMP bound"] == pools[0]
+
+
+def test_empty_cache_and_refresh(model):
+    irt.empty_cache()
+    assert irt.refresh(model) is model

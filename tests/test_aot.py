@@ -1,0 +1,103 @@
+"""Cross-compilation without a GPU, and the budgets: CI compiles every variant, these tests compile one."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+if os.environ.get("TRITON_INTERPRET") == "1":
+    pytest.skip("TRITON_INTERPRET=1 replaces the compiler that is tested here", allow_module_level=True)
+triton = pytest.importorskip("triton")
+
+from inpaintrt.kernels import _lib, aot, gated_activation  # noqa: E402
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def one_variant(monkeypatch: pytest.MonkeyPatch) -> None:
+    first = next(gated_activation.variants())
+
+    def variants() -> Iterator[tuple[str, _lib.Launch]]:
+        yield first
+
+    monkeypatch.setattr(gated_activation, "variants", variants)
+    monkeypatch.setattr(aot, "op_modules", lambda: iter([("gated_activation", gated_activation)]))
+
+
+def test_every_kernel_module_is_found() -> None:
+    modules = dict(aot.op_modules())
+    assert modules["gated_activation"] is gated_activation
+    for name, module in modules.items():
+        assert isinstance(module.BUDGET, _lib.Budget), name
+        labels = [label for label, _ in module.variants()]
+        assert labels, name
+        assert len(labels) == len(set(labels)), name
+
+
+@pytest.mark.usefixtures("one_variant")
+def test_compiles_for_gpus_that_are_not_here(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "usage.json"
+    assert aot.main(["--check", "--arch", "80", "90", "--json", str(file)]) == 0
+    rows = json.loads(file.read_text())["usages"]
+    assert [row["arch"] for row in rows] == [80, 90]
+    assert all(16 <= row["registers"] <= gated_activation.BUDGET.registers for row in rows)
+    assert all(row["local_bytes"] == row["shared_bytes"] == 0 for row in rows)
+    printed = capsys.readouterr().out
+    assert "sm_80" in printed
+    assert "sm_90" in printed
+
+
+@pytest.mark.usefixtures("one_variant")
+def test_over_budget_fails_with_names_and_numbers(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(gated_activation, "BUDGET", _lib.Budget(registers=8, shared_bytes=0))
+    assert aot.main(["--check", "--arch", "80"]) == 1
+    message = capsys.readouterr().err
+    assert "gated_activation: forward float32 elu one row on sm_80 uses" in message
+    assert "registers per thread; the budget is 8" in message
+    assert aot.main(["--arch", "80"]) == 0, "without --check it only reports"
+
+
+def test_spills_are_seen() -> None:
+    label = "backward float32 elu one row"
+    launch = dict(gated_activation.variants())[label]
+    starved = dataclasses.replace(launch, options={**launch.options, "maxnreg": 24})
+    usage = aot.measure("gated_activation", label, starved, 80)
+    assert usage.local_bytes > 0
+    assert any("spills" in sentence for sentence in usage.over(gated_activation.BUDGET))
+
+
+def test_shared_memory_is_held_to_its_budget() -> None:
+    usage = aot.Usage("op", "variant", 90, registers=10, local_bytes=0, shared_bytes=4096)
+    assert usage.over(_lib.Budget(registers=10, shared_bytes=4096)) == []
+    assert usage.over(_lib.Budget(registers=10, shared_bytes=4095)) == [
+        "op: variant on sm_90 uses 4096 bytes of shared memory; the budget is 4095"
+    ]
+
+
+def test_fusion_must_be_explicit() -> None:
+    label, launch = next(gated_activation.variants())
+    silent = dataclasses.replace(launch, options={"num_warps": 4})
+    with pytest.raises(ValueError, match="enable_fp_fusion"):
+        aot.measure("gated_activation", label, silent, 80)
+
+
+def test_layouts_compile_to_wide_accesses() -> None:
+    """The point of finding vectors on the host: 16-byte accesses in both memory formats, single ones for gathers."""
+    launches = dict(gated_activation.variants())
+    for label in ("forward bfloat16 elu one row", "backward bfloat16 elu NHWC", "forward float32 elu strided"):
+        options = dict(launches[label].options)
+        compiled = triton.compile(aot.source(launches[label]), target=aot.GPUTarget("cuda", 90, 32), options=options)
+        accesses = [line for line in compiled.asm["ptx"].splitlines() if "ld.global" in line or "st.global" in line]
+        assert accesses, label
+        assert all((".v4.b32" in line) == ("strided" not in label) for line in accesses), label

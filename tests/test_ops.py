@@ -1,0 +1,159 @@
+"""The matrix, generated from the specs: op × backend × dtype × sample × layout.
+
+A case that a backend refuses is not skipped: the test checks that it gives a reason and that forcing it raises with that
+reason. Which cases ran is printed at the end of the session.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from inpaintrt import ops, use_backend
+from inpaintrt.runtime import dispatch, registry
+from inpaintrt.runtime.errors import UnsupportedError
+from inpaintrt.runtime.library import dispatchers
+from inpaintrt.runtime.spec import FLOATS, as_outputs
+from inpaintrt.testing import assert_close_to_truth
+from inpaintrt.testing.layouts import LAYOUTS
+
+from .conftest import ran
+
+DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
+DTYPES = sorted(FLOATS, key=str)
+
+
+def _cases():
+    for name in registry.names():
+        spec = registry.get(name)
+        for backend in (*spec.lanes, "reference"):
+            for index, sample in enumerate(spec.samples("smoke")):
+                for dtype in DTYPES:
+                    # Pairwise rather than the product: each sample meets each dtype, and layouts rotate over samples.
+                    layouts = list(LAYOUTS)
+                    for layout in {layouts[index % len(layouts)], layouts[(index + DTYPES.index(dtype)) % len(layouts)]}:
+                        yield pytest.param(name, backend, sample, dtype, layout, id=_id(name, backend, dtype, sample, layout))
+
+
+def _id(name, backend, dtype, sample, layout):
+    return f"{name}-{backend}-{str(dtype).removeprefix('torch.')}-{sample.id}-{layout}"
+
+
+def _arguments(spec, sample, dtype, layout, device):
+    generator = torch.Generator().manual_seed(1)
+    tensors = {n: LAYOUTS[layout](2 * torch.randn(s, generator=generator)).to(device) for n, s in sample.shapes.items()}
+    tensors = {n: _keep_strides(t, dtype) for n, t in tensors.items()}
+    return tensors, spec.bind(**tensors, **sample.kwargs)
+
+
+def _keep_strides(t, dtype):
+    out = torch.empty_strided(t.shape, t.stride(), dtype=torch.float32, device=t.device).to(dtype)
+    return out.copy_(t) if 0 not in t.stride() else t[:1].to(dtype).expand(t.shape)
+
+
+def _public(spec):
+    return getattr(ops, spec.name)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(("name", "backend", "sample", "dtype", "layout"), list(_cases()))
+def test_matrix(name, backend, sample, dtype, layout, device):
+    check(name, backend, sample, dtype, layout, device)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("name", registry.names())
+def test_whole_matrix(name, device, full):
+    """Every sample in every layout, dtype and backend (--full), or the samples that smoke leaves out, once."""
+    spec = registry.get(name)
+    smoke = {s.id for s in spec.samples("smoke")}
+    for sample in spec.samples("full"):
+        for backend in (*spec.lanes, "reference"):
+            if full:
+                for dtype in DTYPES:
+                    for layout in LAYOUTS:
+                        check(name, backend, sample, dtype, layout, device)
+            elif sample.id not in smoke and not (backend == "triton" and device == "cpu"):  # the interpreter is slow
+                check(name, backend, sample, torch.float32, "contiguous", device)
+
+
+def check(name, backend, sample, dtype, layout, device):
+    spec = registry.get(name)
+    tensors, args = _arguments(spec, sample, dtype, layout, device)
+    key = next(iter(tensors.values()))
+    reasons = [] if backend == "reference" else dispatchers[name].reasons(args, key)[backend]
+    if reasons:
+        ran[name, backend, "refused"] += 1
+        with use_backend(backend, op=name), pytest.raises(UnsupportedError) as raised:
+            _public(spec)(**tensors, **sample.kwargs)
+        assert all(reason in str(raised.value) for reason in reasons)
+        return
+    ran[name, backend, "ran"] += 1
+    seen = []
+    before = [t.clone() for t in tensors.values()]
+    dispatch.observers.append(lambda *call: seen.append(call[:2]))
+    try:
+        with use_backend(backend, op=name):
+            first = as_outputs(_public(spec)(**tensors, **sample.kwargs))
+            second = as_outputs(_public(spec)(**tensors, **sample.kwargs))
+    finally:
+        dispatch.observers.clear()
+    assert seen == [(name, backend)] * 2
+    baseline = as_outputs(spec.run_reference(*args))
+    truth = as_outputs(spec.run_reference(*(a.double() if isinstance(a, torch.Tensor) else a for a in args)))
+    fake = spec.out(*(a.to("meta") if isinstance(a, torch.Tensor) else a for a in args))
+    for got, again, exact, base, shape in zip(first, second, truth, baseline, fake, strict=True):
+        assert_close_to_truth(got, exact, base, context=_id(name, backend, dtype, sample, layout))
+        assert (got.shape, got.dtype, got.stride()) == (shape.shape, shape.dtype, shape.stride())
+        assert torch.equal(got, again), "two runs differ"
+    for kept, tensor in zip(before, tensors.values(), strict=True):
+        assert torch.equal(kept, tensor), "an input was written to"
+
+
+@pytest.mark.parametrize("name", registry.names())
+def test_result_does_not_depend_on_threads(name):
+    spec = registry.get(name)
+    for sample in spec.samples("full"):
+        tensors, _ = _arguments(spec, sample, torch.float32, "contiguous", "cpu")
+        results = []
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            results.append(as_outputs(_public(spec)(**tensors, **sample.kwargs)))
+        for other in results[1:]:
+            assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+@pytest.mark.parametrize("name", registry.names())
+def test_non_finite_values_are_where_the_reference_has_them(name):
+    """NaN and infinities in, at every position of a vector: kernels must not lose or invent them."""
+    spec = registry.get(name)
+    special = torch.tensor([torch.nan, torch.inf, -torch.inf, 0.0, -0.0, 1e30, -1e30, 89.0, -104.0, 1e-30])
+    for sample in spec.samples("smoke"):
+        tensors, _ = _arguments(spec, sample, torch.float32, "contiguous", "cpu")
+        for t in tensors.values():
+            flat = t.view(-1)
+            places = torch.randperm(flat.numel())[: flat.numel() // 2]
+            flat[places] = special[torch.arange(len(places)) % len(special)]
+        args = spec.bind(**tensors, **sample.kwargs)
+        for got, base in zip(
+            as_outputs(_public(spec)(**tensors, **sample.kwargs)), as_outputs(spec.run_reference(*args)), strict=True
+        ):
+            assert torch.equal(got.isnan(), base.isnan()), sample.id
+            finite = ~base.isnan()
+            torch.testing.assert_close(got[finite], base[finite], rtol=1e-5, atol=1e-6)
+
+
+def test_memory_around_the_output_is_untouched():
+    """Native kernels write into views of a canary buffer: nothing outside the view may change."""
+    from inpaintrt.runtime import native
+
+    kernel = native.library().cpu_kernel("gated_activation")
+    for shape in ((1, 1, 1, 1), (2, 3, 5, 7), (1, 17, 3, 31), (1, 16, 64, 5)):
+        b, c, h, w = shape
+        y = torch.randn(b, 2 * c, h, w)
+        canary = torch.full((b + 2, c + 2, h + 2, w + 2), 7.0)
+        view = canary[1:-1, 1:-1, 1:-1, 1:-1]
+        kernel((y, "elu", None, 1.0), (view,), 2)
+        assert torch.equal(view, ops.gated_activation(y))
+        view.fill_(7.0)
+        assert bool((canary == 7.0).all())
