@@ -1,9 +1,9 @@
 """inpaintrt: existing PyTorch inpainting models, made fast without changing what they compute.
 
-    import inpaintrt as irt
-    irt.accelerate(model)            # in place; restore(model) undoes it
-    print(irt.explain(model, x))     # what was swapped, and why the rest was not
-    print(irt.verify(model, x))      # error against the untouched model
+import inpaintrt as irt
+irt.accelerate(model)            # in place; restore(model) undoes it
+print(irt.explain(model, x))     # what was swapped, and why the rest was not
+print(irt.verify(model, x))      # error against the untouched model
 """
 
 from __future__ import annotations

@@ -77,18 +77,22 @@ def accelerate(
         pass  # the name is checked where all names are
     if precision not in PRECISIONS:
         near = difflib.get_close_matches(precision, PRECISIONS, n=1)
-        raise ValueError(f"precision is {precision!r}{f'; did you mean {near[0]!r}?' if near else ''} "
-                         f"Accepted: {', '.join(PRECISIONS)}")
+        raise ValueError(
+            f"precision is {precision!r}{f'; did you mean {near[0]!r}?' if near else ''} "
+            f"Accepted: {', '.join(PRECISIONS)}"
+        )
     if isinstance(model, torch.jit.ScriptModule):
-        raise ValueError("model is a TorchScript module, which cannot be changed in place; load its weights into "
-                         "inpaintrt.models and accelerate that")
+        raise ValueError(
+            "model is a TorchScript module, which cannot be changed in place; load its weights into "
+            "inpaintrt.models and accelerate that"
+        )
     chosen, skipped = _patterns(only), _patterns(skip) or ()
     found = list(_find(model))
     for pattern in (*(chosen or ()), *skipped):
         _check_pattern(pattern, model)
     swapped = 0
     for item in found:
-        if chosen is not None and not _fits(item, chosen) or _fits(item, skipped):
+        if (chosen is not None and not _fits(item, chosen)) or _fits(item, skipped):
             continue
         why_not = item.why_not
         if not why_not and precision == "fp16":
@@ -152,8 +156,17 @@ def explain(model: nn.Module, *example: Any) -> Report:
             if example:
                 why = why_original(module, calls[module], {}) if module in calls else "not called with this example"
             ran = launched.get(module, [])
-            rows.append(_row(path, module, record.adapter.name, [r.split(":")[0] for r in ran] or list(record.adapter.ops),
-                             [r.split(":")[1] for r in ran] or ["torch"], record.adapter.algorithm, why))
+            rows.append(
+                _row(
+                    path,
+                    module,
+                    record.adapter.name,
+                    [r.split(":")[0] for r in ran] or list(record.adapter.ops),
+                    [r.split(":")[1] for r in ran] or ["torch"],
+                    record.adapter.algorithm,
+                    why,
+                )
+            )
         elif refused is not None:
             rows.append(_row(path, module, refused[0], [], ["torch"], "original", refused[1]))
     if not any(record_of(m) for m in model.modules()) and not rows:
@@ -167,8 +180,12 @@ def explain(model: nn.Module, *example: Any) -> Report:
     notes = [f"{fast} modules accelerated; they hold {share:.1%} of the parameters."]
     if not rows:
         notes.append(f"No module was recognised. Families known: {', '.join(sorted({a.name for a in ADAPTERS}))}.")
-    return Report(f"{type(model).__name__}", ("module", "class", "adapter", "op", "backend", "algorithm", "why not"),
-                  tuple(rows), notes=tuple(notes))
+    return Report(
+        f"{type(model).__name__}",
+        ("module", "class", "adapter", "op", "backend", "algorithm", "why not"),
+        tuple(rows),
+        notes=tuple(notes),
+    )
 
 
 def verify(model: nn.Module, *example: Any) -> Report:
@@ -196,7 +213,9 @@ def verify(model: nn.Module, *example: Any) -> Report:
         for module, mode in modes.items():
             module.training = mode
     fast = sum(record_of(m) is not None for m in model.modules())
-    notes = ["Errors are relative to the largest value of the float64 original; 1 in 'of limit' is what the rule allows."]
+    notes = [
+        "Errors are relative to the largest value of the float64 original; 1 in 'of limit' is what the rule allows."
+    ]
     if not fast:
         notes.append("Nothing is accelerated in this model, so this compares it with itself.")
     columns = ("part", "adapter", "max error", "rms error", "own rms error", "of limit", "uint8 within 1", "ok")
@@ -239,13 +258,25 @@ def _check_pattern(pattern: str, model: nn.Module) -> None:
         raise ValueError(f"{pattern!r} fits no module and no adapter{f'; did you mean {near[0]!r}?' if near else ''}")
 
 
-def _row(path: str, module: nn.Module, adapter: str, op: list[str], backend: list[str], algorithm: str, why: str) -> dict[str, Any]:
-    return {"module": path or "(model)", "class": type(module).__name__, "adapter": adapter,
-            "op": list(dict.fromkeys(op)) or ["–"], "backend": list(dict.fromkeys(backend)), "algorithm": algorithm, "why not": why or None}
+def _row(
+    path: str, module: nn.Module, adapter: str, op: list[str], backend: list[str], algorithm: str, why: str
+) -> dict[str, Any]:
+    return {
+        "module": path or "(model)",
+        "class": type(module).__name__,
+        "adapter": adapter,
+        "op": list(dict.fromkeys(op)) or ["–"],
+        "backend": list(dict.fromkeys(backend)),
+        "algorithm": algorithm,
+        "why not": why or None,
+    }
 
 
 def _run_traced(
-    model: nn.Module, example: tuple[Any, ...], calls: dict[nn.Module, tuple[Any, ...]], launched: dict[nn.Module, list[str]]
+    model: nn.Module,
+    example: tuple[Any, ...],
+    calls: dict[nn.Module, tuple[Any, ...]],
+    launched: dict[nn.Module, list[str]],
 ) -> None:
     """Run once; note the arguments of swapped modules and the ops launched inside each."""
     active: list[nn.Module] = []
@@ -338,9 +369,16 @@ def _compare(part: _Part, actual: list[Tensor], truth: list[Tensor], expected: l
     agree = sum(int(g.sum()) for g in gaps) / max(1, sum(g.numel() for g in gaps))
     rms = max(v.rms_error for v in verdicts) / largest
     end_to_end = part.deep and rms <= END_TO_END_RMS and agree >= END_TO_END_AGREEMENT
-    return {"part": part.path or "(model)", "adapter": part.adapter or None, "max error": worst.max_error / largest,
-            "rms error": rms, "own rms error": own / largest, "of limit": worst.share,
-            "uint8 within 1": agree if part.deep else None, "ok": all(v.ok for v in verdicts) or end_to_end}
+    return {
+        "part": part.path or "(model)",
+        "adapter": part.adapter or None,
+        "max error": worst.max_error / largest,
+        "rms error": rms,
+        "own rms error": own / largest,
+        "of limit": worst.share,
+        "uint8 within 1": agree if part.deep else None,
+        "ok": all(v.ok for v in verdicts) or end_to_end,
+    }
 
 
 def _adapter_name(module: nn.Module) -> str:

@@ -33,7 +33,9 @@ class Report:
             return "  ".join(padded).rstrip()
 
         ruler = "  ".join("─" * w for w in widths)
-        return "\n".join([self.title, "", line(cells[0]), ruler, *map(line, cells[1:]), *([""] if self.notes else []), *self.notes])
+        return "\n".join(
+            [self.title, "", line(cells[0]), ruler, *map(line, cells[1:]), *([""] if self.notes else []), *self.notes]
+        )
 
     def to_markdown(self) -> str:
         """A GitHub-flavoured table under a bold title."""

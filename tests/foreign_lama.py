@@ -37,7 +37,9 @@ class Spectral(nn.Module):
         super().__init__()
         self.enable_lfu = lfu
         self.downsample = nn.Identity()
-        self.conv1 = nn.Sequential(nn.Conv2d(c_in, c_out // 2, 1, bias=False), nn.BatchNorm2d(c_out // 2), nn.ReLU(True))
+        self.conv1 = nn.Sequential(
+            nn.Conv2d(c_in, c_out // 2, 1, bias=False), nn.BatchNorm2d(c_out // 2), nn.ReLU(True)
+        )
         self.fu = Spectrum(c_out // 2, **options)
         if lfu:
             self.lfu = Spectrum(c_out // 2)
@@ -51,12 +53,16 @@ class Spectral(nn.Module):
 
 
 class TwoStreams(nn.Module):
-    def __init__(self, c_in, c_out, k, r_in, r_out, stride=1, padding=0, gated=False, padding_mode="reflect", **options):
+    def __init__(
+        self, c_in, c_out, k, r_in, r_out, stride=1, padding=0, gated=False, padding_mode="reflect", **options
+    ):
         super().__init__()
         gi, go = int(c_in * r_in), int(c_out * r_out)
 
         def conv(a, b):
-            return nn.Conv2d(a, b, k, stride, padding, bias=False, padding_mode=padding_mode) if a and b else nn.Identity()
+            return (
+                nn.Conv2d(a, b, k, stride, padding, bias=False, padding_mode=padding_mode) if a and b else nn.Identity()
+            )
 
         self.ratio_gin, self.ratio_gout, self.global_in_num, self.gated = r_in, r_out, gi, gated
         self.convl2l, self.convl2g = conv(c_in - gi, c_out - go), conv(c_in - gi, go)
@@ -117,7 +123,9 @@ class Wrapper(nn.Module):
         super().__init__()
         shared = nn.ReLU(True)
         layers = [nn.ReflectionPad2d(3), Layer(4, width, 7, 0, 0)]
-        layers += [Layer(width << i, width << i + 1, 3, 0, ratio if i == 2 else 0, stride=2, padding=1) for i in range(3)]
+        layers += [
+            Layer(width << i, width << i + 1, 3, 0, ratio if i == 2 else 0, stride=2, padding=1) for i in range(3)
+        ]
         layers += [Residual(8 * width, ratio, act=act, **options) for _ in range(blocks)]
         layers += [Join()]
         for i in (3, 2, 1):

@@ -41,7 +41,7 @@ def test_only_and_skip(model):
     assert _swapped(model) == []
     irt.accelerate(model.model[5], only="lama.*")
     assert _swapped(model) == ["model.5"]
-    with pytest.raises(ValueError, match="did you mean 'lama.generator'"):
+    with pytest.raises(ValueError, match=r"did you mean 'lama\.generator'"):
         irt.accelerate(model, only="lama.generater")
 
 

@@ -21,7 +21,9 @@ def test_rounding_passes_and_faults_fail(truth, dtype):
     assert close_to_truth(truth.to(dtype), truth, baseline).ok
     eps = torch.finfo(dtype).eps
     faults = {
-        "one element": lambda t: t.index_put((torch.tensor(1), torch.tensor(3), torch.tensor(0), torch.tensor(5)), t.new_tensor(9.0)),
+        "one element": lambda t: t.index_put(
+            (torch.tensor(1), torch.tensor(3), torch.tensor(0), torch.tensor(5)), t.new_tensor(9.0)
+        ),
         "one channel scaled": lambda t: torch.cat([t[:, :7], t[:, 7:] * (1 + 16 * eps)], 1),
         "shifted by a column": lambda t: t.roll(1, -1),
         "biased": lambda t: t + 12 * eps * t.abs().max(),

@@ -126,7 +126,9 @@ def test_kernel_errors_propagate_with_context(monkeypatch):
     dispatcher = dispatchers["gated_activation"]
     dispatcher.clear()
     monkeypatch.setattr("inpaintrt.backends.cpu.launcher", lambda op: broken)
-    with pytest.raises(KernelError, match=r"gated_activation on cpu failed for \(1, 2, 2, 2\) float32.*the device burned") as raised:
+    with pytest.raises(
+        KernelError, match=r"gated_activation on cpu failed for \(1, 2, 2, 2\) float32.*the device burned"
+    ) as raised:
         ops.gated_activation(Y)
     assert isinstance(raised.value.__cause__, RuntimeError)
     dispatcher.clear()
@@ -135,7 +137,10 @@ def test_kernel_errors_propagate_with_context(monkeypatch):
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: ops.gated_activation(torch.ones(1, 3, 2, 2)), r"y has shape \(1, 3, 2, 2\); accepted: \(B, 2C, H, W\)"),
+        (
+            lambda: ops.gated_activation(torch.ones(1, 3, 2, 2)),
+            r"y has shape \(1, 3, 2, 2\); accepted: \(B, 2C, H, W\)",
+        ),
         (lambda: ops.gated_activation(torch.ones(2, 2)), "y has shape"),
         (lambda: ops.gated_activation(torch.ones(1, 2, 2, 2, dtype=torch.int32)), "dtype torch.int32"),
         (lambda: ops.gated_activation(Y, activation="gelu"), "activation is 'gelu'; accepted: none, relu"),
@@ -175,12 +180,16 @@ def test_the_native_call_checks_for_itself():
 
 def test_settings():
     assert Settings.from_env({}) == Settings()
-    assert Settings.from_env({"INPAINTRT_BACKEND": "cpu", "INPAINTRT_STRICT": "on"}) == Settings(backend="cpu", strict=True)
+    assert Settings.from_env({"INPAINTRT_BACKEND": "cpu", "INPAINTRT_STRICT": "on"}) == Settings(
+        backend="cpu", strict=True
+    )
     with pytest.raises(ValueError, match=r"INPAINTRT_STRICT='maybe': accepted: 1, 0"):
         Settings.from_env({"INPAINTRT_STRICT": "maybe"})
     with pytest.raises(ValueError, match="INPAINTRT_BACKEND='gpu'"):
         Settings.from_env({"INPAINTRT_BACKEND": "gpu"})
-    with pytest.warns(UserWarning, match="unknown environment variable INPAINTRT_BACKENDS; did you mean INPAINTRT_BACKEND"):
+    with pytest.warns(
+        UserWarning, match="unknown environment variable INPAINTRT_BACKENDS; did you mean INPAINTRT_BACKEND"
+    ):
         Settings.from_env({"INPAINTRT_BACKENDS": "cpu"})
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -189,7 +198,7 @@ def test_settings():
 
 def _python(code, **env):
     return subprocess.run(
-        [sys.executable, "-c", code], env={**os.environ, **env}, capture_output=True, text=True, check=False
+        [sys.executable, "-P", "-c", code], env={**os.environ, **env}, capture_output=True, text=True, check=False
     )
 
 

@@ -86,7 +86,11 @@ def test_fourier_unit_golden():
     for run, spec in case["runs"].items():
         x = _input(spec["inputs"]["x"])
         with torch.no_grad():
-            for got in (module(x), fourier_unit(module, x), fourier_unit(module, x.to(memory_format=torch.channels_last))):
+            for got in (
+                module(x),
+                fourier_unit(module, x),
+                fourier_unit(module, x.to(memory_format=torch.channels_last)),
+            ):
                 assert_close_to_truth(got, tensors[f"{run}.out64"], tensors[f"{run}.out"], context=run)
 
 
@@ -130,7 +134,9 @@ def test_checkpoints(tmp_path, small, prefix, wrap):
         state = {"state_dict": {**state, "discriminator.w": torch.zeros(1)}, "epoch": 3}
     torch.save(state, tmp_path / "weights.ckpt")
     loaded = inpaintrt.load("lama", tmp_path / "weights.ckpt")
-    assert all(torch.equal(a, b) for a, b in zip(loaded.state_dict().values(), small.state_dict().values(), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(loaded.state_dict().values(), small.state_dict().values(), strict=True)
+    )
 
 
 class _Payload:

@@ -31,8 +31,13 @@ def _cases():
                 for dtype in DTYPES:
                     # Pairwise rather than the product: each sample meets each dtype, and layouts rotate over samples.
                     layouts = list(LAYOUTS)
-                    for layout in {layouts[index % len(layouts)], layouts[(index + DTYPES.index(dtype)) % len(layouts)]}:
-                        yield pytest.param(name, backend, sample, dtype, layout, id=_id(name, backend, dtype, sample, layout))
+                    for layout in {
+                        layouts[index % len(layouts)],
+                        layouts[(index + DTYPES.index(dtype)) % len(layouts)],
+                    }:
+                        yield pytest.param(
+                            name, backend, sample, dtype, layout, id=_id(name, backend, dtype, sample, layout)
+                        )
 
 
 def _id(name, backend, dtype, sample, layout):

@@ -33,7 +33,9 @@ def fused(monkeypatch):
     """Counts fused forwards of generators."""
     calls = []
     original = adapter.GeneratorAdapter.forward
-    monkeypatch.setattr(adapter.GeneratorAdapter, "forward", lambda self, m, x: (calls.append(m), original(self, m, x))[1])
+    monkeypatch.setattr(
+        adapter.GeneratorAdapter, "forward", lambda self, m, x: (calls.append(m), original(self, m, x))[1]
+    )
     return calls
 
 
@@ -168,7 +170,9 @@ def test_changed_weights_are_never_stale(model, x):
             fast = model(x)
             with irt.disabled():
                 torch.testing.assert_close(fast, model(x), rtol=1e-4, atol=1e-5)
-    state = {k: torch.randn_like(v) if v.is_floating_point() and "var" not in k else v for k, v in model.state_dict().items()}
+    state = {
+        k: torch.randn_like(v) if v.is_floating_point() and "var" not in k else v for k, v in model.state_dict().items()
+    }
     model.load_state_dict(state)
     fast = model(x)
     with irt.disabled():

@@ -216,7 +216,8 @@ def test_small_elu_keeps_its_digits() -> None:
 def test_default_alpha_is_the_ops() -> None:
     for activation in _shared.ACTIVATIONS:
         for alpha in (None, 0.3):
-            assert _lib.resolve_alpha(activation, alpha) == _shared.resolve_alpha(activation, alpha)
+            expected = _shared.DEFAULT_ALPHA.get(activation, 1.0) if alpha is None else alpha
+            assert _lib.resolve_alpha(activation, alpha) == expected
 
 
 # ---- the shared pieces ----------------------------------------------------------------------------------------------

@@ -30,7 +30,7 @@ struct ExchangeApi {
   void* allocate;
   void* managed_from_object;
   void* managed_to_object;
-  int (*tensor_from_object)(void* object, Tensor* out);                      // 0, or -1 with a Python error set
+  int (*tensor_from_object)(void* object, Tensor* out);  // 0, or -1 with a Python error set
   int (*current_stream)(int32_t device_type, int32_t device, void** stream);
 };
 

@@ -1,7 +1,7 @@
 // Python binding: turns an op's argument tuple into an `irt_call` and runs a kernel or a launch planner on it.
 //
-// There is no per-op code here. Tensors are read through DLPack's exchange table (about 50 ns each, no reference taken);
-// the GIL is released while a kernel runs.
+// There is no per-op code here. Tensors are read through DLPack's exchange table (about 50 ns each, no reference
+// taken); the GIL is released while a kernel runs.
 #include <dlfcn.h>
 #include <pybind11/pybind11.h>
 
@@ -23,7 +23,8 @@ void bind_tensor_type(const py::type& type) {
       static_cast<const irt::dlpack::ExchangeApi*>(PyCapsule_GetPointer(capsule.ptr(), irt::dlpack::kCapsule));
   if (!api) throw py::error_already_set();
   if (api->major != irt::dlpack::kMajor) {
-    throw std::runtime_error("torch's DLPack exchange table has major version " + std::to_string(api->major) + ", this build reads 1");
+    throw std::runtime_error("torch's DLPack exchange table has major version " + std::to_string(api->major) +
+                             ", this build reads 1");
   }
   tensor_type = reinterpret_cast<PyTypeObject*>(py::object(type).release().ptr());  // lives as long as the process
   exchange = api;
@@ -74,11 +75,12 @@ class Call {
     if (!PyObject_TypeCheck(object, tensor_type)) throw py::type_error("expected a torch.Tensor");
     irt::dlpack::Tensor t;
     if (exchange->tensor_from_object(object, &t)) throw py::error_already_set();
-    const bool here = t.device.type == device_type_ ||
-                      (device_type_ == irt::dlpack::kCpu && t.device.type == irt::dlpack::kCudaHost);
+    const bool here =
+        t.device.type == device_type_ || (device_type_ == irt::dlpack::kCpu && t.device.type == irt::dlpack::kCudaHost);
     if (!here) throw py::value_error("a tensor is on another device than this backend's");
     if (device_type_ == irt::dlpack::kCuda) {
-      if (call_.device >= 0 && call_.device != t.device.index) throw py::value_error("tensors are on different CUDA devices");
+      if (call_.device >= 0 && call_.device != t.device.index)
+        throw py::value_error("tensors are on different CUDA devices");
       call_.device = t.device.index;
     }
     checked(used_views_ + 1, kViews);
@@ -211,7 +213,8 @@ py::object kernel_or_none(irt_kernel run, int device_type) {
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Native kernels of inpaintrt behind one generic call";
-  py::class_<Kernel>(m, "Kernel").def("__call__", &Kernel::operator(), py::arg("args"), py::arg("outs"), py::arg("threads"));
+  py::class_<Kernel>(m, "Kernel")
+      .def("__call__", &Kernel::operator(), py::arg("args"), py::arg("outs"), py::arg("threads"));
   py::class_<Planner>(m, "Planner")
       .def("__call__", &Planner::operator(), py::arg("args"), py::arg("outs"), py::arg("device_type"));
   m.def("bind_tensor_type", &bind_tensor_type);
@@ -226,9 +229,8 @@ PYBIND11_MODULE(_C, m) {
     return plan ? py::cast(Planner{plan}) : py::none();
   });
   m.def("load_cuda", &load_cuda);
-  m.def("cuda_kernel", [](const char* name) {
-    return kernel_or_none(cuda.find ? cuda.find(name) : nullptr, irt::dlpack::kCuda);
-  });
+  m.def("cuda_kernel",
+        [](const char* name) { return kernel_or_none(cuda.find ? cuda.find(name) : nullptr, irt::dlpack::kCuda); });
   m.def("cuda_info", [] { return std::string(cuda.info ? cuda.info() : ""); });
   m.def("cpu_isa", [] {
     if (!irt_cpu_isa()) throw py::value_error(irt_cpu_isa_error());

@@ -1,8 +1,8 @@
 // gated_activation on the CPU: out = gain · act(f) · sigmoid(g), where y = [f | g] along the channels.
 //
-// The op is bound by memory: three streams, about 25 flops an element. One pass, no temporaries; eager makes three passes
-// with two of them into fresh memory. Rows are whatever the layout merges to: all of a sample's C·H·W in NCHW, the C
-// channels of a pixel in NHWC. Other strides take a gather loop that is correct, not fast.
+// The op is bound by memory: three streams, about 25 flops an element. One pass, no temporaries; eager makes three
+// passes with two of them into fresh memory. Rows are whatever the layout merges to: all of a sample's C·H·W in NCHW,
+// the C channels of a pixel in NHWC. Other strides take a gather loop that is correct, not fast.
 #include "activation.h"
 #include "kernel.h"
 #include "loop.h"
@@ -43,8 +43,8 @@ inline void slopes(Vec f, Vec g, Vec grad, Vec alpha, Vec gain, Vec& df, Vec& dg
 }
 
 template <class T, Act act>
-void backward_row(const T* f, const T* g, const T* grad, T* df, T* dg, int64_t n, int64_t in_stride, int64_t grad_stride,
-                  int64_t out_stride, Settings s) {
+void backward_row(const T* f, const T* g, const T* grad, T* df, T* dg, int64_t n, int64_t in_stride,
+                  int64_t grad_stride, int64_t out_stride, Settings s) {
   const Vec alpha(s.alpha), gain(s.gain);
   Vec f_slope, g_slope;
   int64_t i = 0;
@@ -122,7 +122,9 @@ void for_dtype(int dtype, irt_status& status, Act act, const Args&... args) {
 
 template <class T, Act act>
 struct Forward {
-  static void run(const irt_view& y, const irt_view& out, Settings s, int threads) { forward<T, act>(y, out, s, threads); }
+  static void run(const irt_view& y, const irt_view& out, Settings s, int threads) {
+    forward<T, act>(y, out, s, threads);
+  }
 };
 template <class T, Act act>
 struct Backward {
@@ -135,14 +137,16 @@ struct Backward {
 bool read(const irt_call& call, int first, const irt_view& half, Settings& s, irt_status& status) {
   const irt_view* y = tensor_arg(call, first, status);
   if (!y) return false;
-  if (call.nargs < first + 4 || call.args[first + 1].kind != IRT_STRING || !parse_activation(call.args[first + 1].s, s.act)) {
+  if (call.nargs < first + 4 || call.args[first + 1].kind != IRT_STRING ||
+      !parse_activation(call.args[first + 1].s, s.act)) {
     fail(status, IRT_BAD_ARGUMENT, "unknown activation");
     return false;
   }
   bool same = y->ndim == 4 && half.ndim == 4 && y->dtype == half.dtype && y->sizes[1] == 2 * half.sizes[1];
   same = same && y->sizes[0] == half.sizes[0] && y->sizes[2] == half.sizes[2] && y->sizes[3] == half.sizes[3];
   if (!same) {
-    fail(status, IRT_BAD_ARGUMENT, "y must be (B, 2C, H, W) and the output (or its gradient) (B, C, H, W) of the same dtype");
+    fail(status, IRT_BAD_ARGUMENT,
+         "y must be (B, 2C, H, W) and the output (or its gradient) (B, C, H, W) of the same dtype");
     return false;
   }
   s.alpha = static_cast<float>(float_arg(call.args[first + 2], default_alpha(s.act)));

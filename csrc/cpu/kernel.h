@@ -1,10 +1,10 @@
 // What a CPU kernel file includes: registration, argument access, dtype dispatch.
 //
-// Every file in csrc/cpu that holds kernels is compiled once per ISA with INPAINTRT_ISA set to its name. Two traps decide
-// the shape of this header. (1) Code that runs at load time must not be compiled with AVX flags, so kernels register
-// through constant-initialised records in a linker section instead of static constructors. (2) An inline function with
-// external linkage, compiled under different flags, would be merged by the linker into whichever copy came first;
-// hence everything here lives in the ISA's own namespace.
+// Every file in csrc/cpu that holds kernels is compiled once per ISA with INPAINTRT_ISA set to its name. Two traps
+// decide the shape of this header. (1) Code that runs at load time must not be compiled with AVX flags, so kernels
+// register through constant-initialised records in a linker section instead of static constructors. (2) An inline
+// function with external linkage, compiled under different flags, would be merged by the linker into whichever copy
+// came first; hence everything here lives in the ISA's own namespace.
 #pragma once
 
 #include <cstdint>
@@ -18,9 +18,9 @@
 #define IRT_STRING(x) IRT_STRING2(x)
 
 // Registers `void name(const irt_call&, irt_status&)` under its own name for the ISA being compiled.
-#define IRT_CPU_KERNEL(name)                                                                                         \
-  static void name##_entry(const irt_call* call, irt_status* status) { name(*call, *status); }                       \
-  static const ::irt::KernelRecord name##_record = {#name, IRT_STRING(INPAINTRT_ISA), name##_entry};                 \
+#define IRT_CPU_KERNEL(name)                                                                         \
+  static void name##_entry(const irt_call* call, irt_status* status) { name(*call, *status); }       \
+  static const ::irt::KernelRecord name##_record = {#name, IRT_STRING(INPAINTRT_ISA), name##_entry}; \
   __attribute__((section("irt_kernels"), used)) static const ::irt::KernelRecord* const name##_listed = &name##_record;
 
 namespace irt::INPAINTRT_ISA {

@@ -1,7 +1,7 @@
 // A parallel loop on the process's one OpenMP pool.
 //
-// The library is not linked against an OpenMP runtime: at first use it binds to the one that is already mapped (torch's),
-// whatever its file is called, because a second pool would spin against the first. See parallel.cpp.
+// The library is not linked against an OpenMP runtime: at first use it binds to the one that is already mapped
+// (torch's), whatever its file is called, because a second pool would spin against the first. See parallel.cpp.
 #pragma once
 
 #include <cstdint>

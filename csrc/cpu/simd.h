@@ -40,7 +40,8 @@ static inline float to_float(f16 x) {
 #else
   const uint32_t sign = static_cast<uint32_t>(x.bits & 0x8000u) << 16;
   const uint32_t rest = x.bits & 0x7fffu;
-  if (rest >= 0x7c00u) return bits_to_float(sign | 0x7f800000u | (rest & 0x3ffu) << 13 | (rest > 0x7c00u ? 0x400000u : 0));
+  const uint32_t quiet = rest > 0x7c00u ? 0x400000u : 0;  // infinity has no payload, NaN becomes a quiet one
+  if (rest >= 0x7c00u) return bits_to_float(sign | 0x7f800000u | (rest & 0x3ffu) << 13 | quiet);
   if (rest >= 0x400u) return bits_to_float(sign | ((rest << 13) + 0x38000000u));
   const float small = static_cast<float>(rest) * 5.9604644775390625e-8f;  // subnormal: a multiple of 2^-24
   return sign ? -small : small;
@@ -112,7 +113,8 @@ static inline Vec load(const f16* p) {
   return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
 }
 static inline void store(f16* p, Vec x) {
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(x.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
+                      _mm512_cvtps_ph(x.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 }
 static inline Vec load(const bf16* p) {
   const __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
@@ -153,7 +155,8 @@ static inline Vec round_even(Vec x) { return _mm256_round_ps(x.v, _MM_FROUND_TO_
 static inline __m256 power_of_two(__m256i n) {
   return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(n, _mm256_set1_epi32(127)), 23));
 }
-static inline Vec scale_by_power(Vec x, Vec n) {  // x · 2^n for |n| <= 252, in two steps so that 2^n itself may overflow
+// x · 2^n for |n| <= 252, in two steps so that 2^n itself may overflow
+static inline Vec scale_by_power(Vec x, Vec n) {
   const __m256i whole = _mm256_cvtps_epi32(n.v);
   const __m256i half = _mm256_srai_epi32(whole, 1);
   return _mm256_mul_ps(_mm256_mul_ps(x.v, power_of_two(half)), power_of_two(_mm256_sub_epi32(whole, half)));
@@ -262,9 +265,7 @@ static inline Vec expm1(Vec x) {
 }
 
 // For gates and SiLU: exact limits (0 at −inf, 1 at +inf), NaN kept.
-static inline Vec sigmoid(Vec x) {
-  return Vec(1.0f) / (Vec(2.0f) + expm1(Vec(0.0f) - x));
-}
+static inline Vec sigmoid(Vec x) { return Vec(1.0f) / (Vec(2.0f) + expm1(Vec(0.0f) - x)); }
 
 // e/(e + 2) with e = e^{2x} − 1; |x| is clamped where float's tanh is 1.
 static inline Vec tanh(Vec x) {

@@ -2,15 +2,15 @@
 #include "cuda/gated_activation.cuh"
 #include "cuda/launch.h"
 
-#define ACTIVATIONS(T, pack, Offset)                                                      \
-  IRT_INSTANCE(irt::gated_activation<T, pack, Offset, irt::Act::none>),                   \
-      IRT_INSTANCE(irt::gated_activation<T, pack, Offset, irt::Act::relu>),               \
-      IRT_INSTANCE(irt::gated_activation<T, pack, Offset, irt::Act::leaky_relu>),         \
-      IRT_INSTANCE(irt::gated_activation<T, pack, Offset, irt::Act::elu>),                \
-      IRT_INSTANCE(irt::gated_activation<T, pack, Offset, irt::Act::silu>),               \
-      IRT_INSTANCE(irt::gated_activation<T, pack, Offset, irt::Act::sigmoid>),            \
+#define ACTIVATIONS(T, pack, Offset)                                              \
+  IRT_INSTANCE(irt::gated_activation<T, pack, Offset, irt::Act::none>),           \
+      IRT_INSTANCE(irt::gated_activation<T, pack, Offset, irt::Act::relu>),       \
+      IRT_INSTANCE(irt::gated_activation<T, pack, Offset, irt::Act::leaky_relu>), \
+      IRT_INSTANCE(irt::gated_activation<T, pack, Offset, irt::Act::elu>),        \
+      IRT_INSTANCE(irt::gated_activation<T, pack, Offset, irt::Act::silu>),       \
+      IRT_INSTANCE(irt::gated_activation<T, pack, Offset, irt::Act::sigmoid>),    \
       IRT_INSTANCE(irt::gated_activation<T, pack, Offset, irt::Act::tanh>)
-#define LAYOUTS(T, pack)                                                                  \
+#define LAYOUTS(T, pack) \
   ACTIVATIONS(T, pack, int), ACTIVATIONS(T, pack, long long), ACTIVATIONS(T, 1, int), ACTIVATIONS(T, 1, long long)
 
 static const auto& instances() {

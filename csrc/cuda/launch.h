@@ -36,12 +36,12 @@ void launch(irt_planner plan, const Instance* instances, size_t count, const irt
 #define IRT_INSTANCE(...) ::irt::cuda::instance(#__VA_ARGS__, &__VA_ARGS__)
 
 // Registers op `name`: its plan is the one of that name, its kernels are in the array that `instances()` returns.
-#define IRT_CUDA_KERNEL(name, instances)                                                                             \
-  static void name##_entry(const irt_call* call, irt_status* status) {                                               \
-    static const irt_planner plan = irt_plan_find(#name);                                                            \
-    const auto& list = instances();                                                                                  \
-    ::irt::cuda::launch(plan, list, sizeof list / sizeof list[0], *call, *status);                                   \
-  }                                                                                                                  \
-  static const ::irt::cuda::Record name##_record = {#name, name##_entry};                                            \
-  __attribute__((section("irt_cuda_kernels"), used)) static const ::irt::cuda::Record* const name##_listed =         \
+#define IRT_CUDA_KERNEL(name, instances)                                                                     \
+  static void name##_entry(const irt_call* call, irt_status* status) {                                       \
+    static const irt_planner plan = irt_plan_find(#name);                                                    \
+    const auto& list = instances();                                                                          \
+    ::irt::cuda::launch(plan, list, sizeof list / sizeof list[0], *call, *status);                           \
+  }                                                                                                          \
+  static const ::irt::cuda::Record name##_record = {#name, name##_entry};                                    \
+  __attribute__((section("irt_cuda_kernels"), used)) static const ::irt::cuda::Record* const name##_listed = \
       &name##_record;

@@ -36,7 +36,8 @@ void refuse(irt_status& status, cudaError_t error, const char* entry) {
              " and need driver >= %d; the extras cuda12 and cuda13 (CuPy) serve others",
              kOldestDriver);
   } else if (error == cudaErrorNoKernelImageForDevice) {
-    snprintf(text, size, "the CUDA library was built for sm " INPAINTRT_CUDA_ARCH_LIST
+    snprintf(text, size,
+             "the CUDA library was built for sm " INPAINTRT_CUDA_ARCH_LIST
              ", not for this GPU (CUDA error 209): rebuild with INPAINTRT_CUDA_ARCHS");
   } else {
     snprintf(text, size, "CUDA error %d (%s) launching %s", static_cast<int>(error), cudaGetErrorString(error), entry);
@@ -126,7 +127,8 @@ IRT_EXPORT const char* irt_cuda_info() {
   int driver = 0;
   cudaDriverGetVersion(&driver);
   snprintf(text, sizeof text,
-           "{\"nvcc\": \"" IRT_NVCC "\", \"archs\": [" INPAINTRT_CUDA_ARCH_LIST "], \"ptx\": %d, \"runtime\": %d, "
+           "{\"nvcc\": \"" IRT_NVCC "\", \"archs\": [" INPAINTRT_CUDA_ARCH_LIST
+           "], \"ptx\": %d, \"runtime\": %d, "
            "\"oldest_driver\": %d, \"driver\": %d}",
            INPAINTRT_CUDA_PTX, CUDART_VERSION, irt::cuda::kOldestDriver, driver);
   return text;

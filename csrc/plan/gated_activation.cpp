@@ -38,8 +38,8 @@ void planned(const irt_call& call, irt_plan& plan, irt_status& status, bool alwa
   const Loop<2> loop(4, out.sizes, {out.strides, y->strides});  // operands as in GatedActivation
   if (loop.total() == 0) return;                                // an empty grid: nothing to do
   const int64_t to_gates = out.sizes[1] * y->strides[1];
-  const bool vector = packable(loop, type.per_vector) && to_gates % type.per_vector == 0 && aligned(y->data) &&
-                      aligned(out.data);
+  const bool vector =
+      packable(loop, type.per_vector) && to_gates % type.per_vector == 0 && aligned(y->data) && aligned(out.data);
   const int pack = vector ? type.per_vector : 1;
   const int64_t count = loop.total() / pack;
 

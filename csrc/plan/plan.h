@@ -14,9 +14,9 @@
 #include "nest.h"
 
 // Registers `void name(const irt_call&, irt_plan&, irt_status&)` under its own name.
-#define IRT_PLAN(name)                                                                                                 \
-  static void name##_entry(const irt_call* call, irt_plan* out, irt_status* status) { name(*call, *out, *status); }    \
-  static const ::irt::PlanRecord name##_record = {#name, name##_entry};                                                \
+#define IRT_PLAN(name)                                                                                              \
+  static void name##_entry(const irt_call* call, irt_plan* out, irt_status* status) { name(*call, *out, *status); } \
+  static const ::irt::PlanRecord name##_record = {#name, name##_entry};                                             \
   __attribute__((section("irt_plans"), used)) static const ::irt::PlanRecord* const name##_listed = &name##_record;
 
 namespace irt::plan {

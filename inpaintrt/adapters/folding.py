@@ -13,7 +13,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-
 Convolution = Callable[[Tensor, Tensor, Tensor | None, int, int], Tensor]
 
 
@@ -91,7 +90,8 @@ def conv2d_few_outputs(x: Tensor, weight: Tensor, bias: Tensor | None, stride: i
     H and W must be even.
     """
     c_out, c_in, k, _ = weight.shape
-    assert stride == 1 and k == 2 * padding + 1, "a same convolution of stride 1"
+    if stride != 1 or k != 2 * padding + 1:
+        raise ValueError("only a same convolution of stride 1 can be computed two by two")
     blocks = weight.new_zeros(c_out, 2, 2, c_in, k + 1, k + 1)
     for dy in range(2):
         for dx in range(2):

@@ -67,7 +67,7 @@ def _why_not_spectral(spectral: nn.Module, inputs: int, outputs: int) -> str | N
         return "its spectral transform has the local Fourier unit (LFU)"
     if not isinstance(getattr(spectral, "downsample", nn.Identity()), nn.Identity):
         return "its spectral transform downsamples"
-    layers = list(first)
+    layers: list[Any] = list(first)
     if not (
         len(layers) == 3
         and _is_conv(layers[0], 1)
@@ -97,7 +97,9 @@ def _why_not_ffc(module: Any, *, streams: bool) -> str | None:
         return "its local stream does not end in batch norm and ReLU"
     same = {"kernel_size", "stride", "padding", "padding_mode", "dilation"}
     for conv in (to_wide, from_wide):
-        if isinstance(conv, nn.Conv2d) and not (_is_conv(conv) and all(getattr(conv, a) == getattr(local, a) for a in same)):
+        if isinstance(conv, nn.Conv2d) and not (
+            _is_conv(conv) and all(getattr(conv, a) == getattr(local, a) for a in same)
+        ):
             return "its convolutions differ in geometry"
     if isinstance(to_wide, nn.Conv2d) and not (
         is_plain_batch_norm(module.bn_g, to_wide.out_channels) and isinstance(module.act_g, nn.ReLU)
@@ -114,7 +116,12 @@ def _why_not_ffc(module: Any, *, streams: bool) -> str | None:
 
 def _why_not_block(module: Any) -> str | None:
     conv1, conv2 = getattr(module, "conv1", None), getattr(module, "conv2", None)
-    if not (isinstance(conv1, nn.Module) and isinstance(conv2, nn.Module) and hasattr(conv1, "ffc") and hasattr(conv2, "ffc")):
+    if not (
+        isinstance(conv1, nn.Module)
+        and isinstance(conv2, nn.Module)
+        and hasattr(conv1, "ffc")
+        and hasattr(conv2, "ffc")
+    ):
         return ""
     if getattr(module, "inline", False):
         return "its streams arrive as one tensor (inline)"
@@ -210,7 +217,7 @@ def _refuses_tensor(x: Any, weight: Tensor, least: int) -> Iterator[str]:
     elif x.device != weight.device:
         yield f"the input is on {x.device}, the weights are on {weight.device}"
     elif x.dtype != weight.dtype or x.dtype not in (torch.float32, torch.float64):
-        yield f"input {x.dtype} with weights {weight.dtype}; float32 or float64 of both is needed (bf16: autocast or precision='bf16')"
+        yield f"input {x.dtype} with weights {weight.dtype}; both must be float32 or float64 (for bf16: precision='bf16')"
     elif min(x.shape[-2:]) < least:
         yield f"the input of {tuple(x.shape[-2:])} is smaller than reflection allows ({least})"
 
@@ -234,8 +241,9 @@ class FfcAdapter:
         return _why_not_ffc(module, streams=True)
 
     def forward(self, module: Any, x: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        return _on_streams(lambda joined: ffc(module, joined, module.ffc.convl2l.in_channels, None),
-                           x, module.ffc.convl2l.out_channels)
+        return _on_streams(
+            lambda joined: ffc(module, joined, module.ffc.convl2l.in_channels, None), x, module.ffc.convl2l.out_channels
+        )
 
     def refuses(self, module: Any, *args: Any) -> Iterator[str]:
         yield from _refuses_streams(args, module.ffc.convl2l)
@@ -267,8 +275,13 @@ class BlockAdapter:
         yield from FfcAdapter().probe_inputs(module.conv1)
 
 
-def _refuses_streams(args: tuple[Any, ...], conv: nn.Conv2d) -> Iterator[str]:
-    if len(args) != 1 or not isinstance(args[0], tuple) or len(args[0]) != 2 or not all(isinstance(t, Tensor) for t in args[0]):
+def _refuses_streams(args: tuple[Any, ...], conv: Any) -> Iterator[str]:
+    if (
+        len(args) != 1
+        or not isinstance(args[0], tuple)
+        or len(args[0]) != 2
+        or not all(isinstance(t, Tensor) for t in args[0])
+    ):
         yield "the input is not a (local, global) pair of tensors"
         return
     for stream in args[0]:

@@ -27,7 +27,11 @@ def missing(op: str, device: torch.device) -> str:
     if importlib.util.find_spec("triton") is None:
         return "the triton package is not installed"
     if interpreting():
-        return "" if device.type == "cpu" else "Triton is in interpreter mode (TRITON_INTERPRET=1), which takes CPU tensors"
+        return (
+            ""
+            if device.type == "cpu"
+            else "Triton is in interpreter mode (TRITON_INTERPRET=1), which takes CPU tensors"
+        )
     if device.type != "cuda":
         return f"tensors are on {device}, this backend needs cuda (or TRITON_INTERPRET=1)"
     if torch.cuda.get_device_capability(device) < (8, 0):

@@ -12,7 +12,7 @@ mixes channels in the frequency domain and so sees the whole image.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -78,7 +78,7 @@ class FFC(nn.Module):
         ratio_out: float,
         stride: int = 1,
         padding: int = 0,
-        padding_mode: str = "reflect",
+        padding_mode: Literal["zeros", "reflect", "replicate"] = "reflect",
     ) -> None:
         super().__init__()
         in_global, out_global = int(in_channels * ratio_in), int(out_channels * ratio_out)
@@ -168,7 +168,12 @@ class LaMa(nn.Module):
     min_size = 16
 
     def __init__(
-        self, n_blocks: int = 18, base_width: int = 64, n_downsampling: int = 3, ratio: float = 0.75, max_width: int = 1024
+        self,
+        n_blocks: int = 18,
+        base_width: int = 64,
+        n_downsampling: int = 3,
+        ratio: float = 0.75,
+        max_width: int = 1024,
     ) -> None:
         super().__init__()
         if n_downsampling < 1:
@@ -177,11 +182,11 @@ class LaMa(nn.Module):
             "n_blocks": n_blocks, "base_width": base_width, "n_downsampling": n_downsampling, "ratio": ratio,
             "max_width": max_width,
         }  # fmt: skip
-        self.size_multiple = 2**n_downsampling
+        self.size_multiple = 1 << n_downsampling
         self.min_size = 2 * self.size_multiple  # reflection by one pixel needs two at the bottleneck
 
         def width(level: int) -> int:
-            return min(max_width, base_width * 2**level)
+            return min(max_width, base_width << level)
 
         layers: list[nn.Module] = [nn.ReflectionPad2d(3), FFC_BN_ACT(4, base_width, 7, 0, 0)]
         for level in range(n_downsampling):

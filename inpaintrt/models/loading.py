@@ -71,7 +71,9 @@ def _network(name: str) -> Any:
     if name not in NETWORKS:
         known = [*SHIPPED, *NETWORKS]
         near = difflib.get_close_matches(name, known, n=1)
-        raise ValueError(f"unknown model {name!r}{f'; did you mean {near[0]!r}?' if near else ''} Known: {', '.join(known)}")
+        raise ValueError(
+            f"unknown model {name!r}{f'; did you mean {near[0]!r}?' if near else ''} Known: {', '.join(known)}"
+        )
     return NETWORKS[name]
 
 
@@ -86,7 +88,9 @@ def _read(path: Path) -> Mapping[str, Tensor]:
             return load_file(path)
         content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        raise WeightsError(f"{path}: holds more than tensors, and no code is run from a weights file: {_line(error)}") from None
+        raise WeightsError(
+            f"{path}: holds more than tensors, and no code is run from a weights file: {_line(error)}"
+        ) from None
     except (OSError, RuntimeError, ValueError, EOFError, zipfile.BadZipFile) as error:
         raise WeightsError(f"{path}: cannot be read ({_line(error)})") from None
     except Exception as error:
@@ -107,11 +111,17 @@ def _without_prefix(state: Mapping[str, Tensor], anchor: str, path: Path, family
     for key in state:
         if key == anchor or key.endswith("." + anchor):
             prefix = key.removesuffix(anchor)
-            return {k.removeprefix(prefix): v.float() if v.is_floating_point() else v for k, v in state.items() if k.startswith(prefix)}
+            return {
+                k.removeprefix(prefix): v.float() if v.is_floating_point() else v
+                for k, v in state.items()
+                if k.startswith(prefix)
+            }
         if key == short:
             return {"model." + k: v.float() if v.is_floating_point() else v for k, v in state.items()}
     some = ", ".join(list(state)[:3])
-    raise WeightsError(f"{path}: not a {family} generator: none of its {len(state)} keys ends in {anchor!r} (found {some}, …)")
+    raise WeightsError(
+        f"{path}: not a {family} generator: none of its {len(state)} keys ends in {anchor!r} (found {some}, …)"
+    )
 
 
 def _line(error: BaseException) -> str:

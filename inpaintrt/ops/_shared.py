@@ -2,35 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 ACTIVATIONS = ("none", "relu", "leaky_relu", "elu", "silu", "sigmoid", "tanh")
-_DEFAULT_ALPHA = {"leaky_relu": 0.2, "elu": 1.0}
+DEFAULT_ALPHA = {"leaky_relu": 0.2, "elu": 1.0}
 
 
 def activate(x: Tensor, activation: str, alpha: float | None) -> Tensor:
     """The activation `activation` of x; `alpha` is the slope of leaky_relu (0.2) or the scale of elu (1.0)."""
     if activation == "none":
         return x
-    if activation in _DEFAULT_ALPHA:
-        value = _DEFAULT_ALPHA[activation] if alpha is None else alpha
+    if activation in DEFAULT_ALPHA:
+        value = DEFAULT_ALPHA[activation] if alpha is None else alpha
         return F.leaky_relu(x, value) if activation == "leaky_relu" else F.elu(x, value)
-    return {"relu": F.relu, "silu": F.silu, "sigmoid": torch.sigmoid, "tanh": torch.tanh}[activation](x)
-
-
-def resolve_alpha(activation: str, alpha: float | None) -> float:
-    """The number a kernel needs, whether or not the caller gave one."""
-    return _DEFAULT_ALPHA.get(activation, 1.0) if alpha is None else alpha
+    plain: dict[str, Callable[[Tensor], Tensor]] = {
+        "relu": F.relu,
+        "silu": F.silu,
+        "sigmoid": torch.sigmoid,
+        "tanh": torch.tanh,
+    }
+    return plain[activation](x)
 
 
 def check_activation(activation: str, alpha: float | None) -> None:
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation is {activation!r}; accepted: {', '.join(ACTIVATIONS)}")
-    if alpha is not None and activation not in _DEFAULT_ALPHA:
+    if alpha is not None and activation not in DEFAULT_ALPHA:
         raise ValueError(f"alpha is {alpha} but activation {activation!r} has no parameter; accepted: None")
 
 
@@ -39,10 +40,3 @@ def memory_format(x: Tensor) -> torch.memory_format:
     if not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last):
         return torch.channels_last
     return torch.contiguous_format
-
-
-def wide_offsets(*tensors: Tensor) -> Iterator[str]:
-    """A refusal for kernels with 32-bit offsets: some element lies 2³¹ or more elements from its tensor's first."""
-    for t in tensors:
-        if t.numel() and sum((n - 1) * abs(s) for n, s in zip(t.shape, t.stride(), strict=True)) >= 2**31:
-            yield f"a tensor of shape {tuple(t.shape)} needs 64-bit offsets"

@@ -19,7 +19,7 @@ from torch import Tensor
 from .errors import KernelError, UnsupportedError
 from .policy import Policy, policy, requested
 from .settings import settings
-from .spec import Args, Lane, OpSpec, Outputs, as_outputs
+from .spec import Args, Lane, Outputs, as_outputs
 
 log = logging.getLogger("inpaintrt")
 
@@ -39,7 +39,12 @@ class Dispatcher:
     """Runs one op (or its gradient): `name` with `lanes`, or `reference` where no lane fits."""
 
     def __init__(
-        self, name: str, base: str, lanes: Mapping[str, Lane], reference: Callable[..., Any], out: Callable[..., Outputs]
+        self,
+        name: str,
+        base: str,
+        lanes: Mapping[str, Lane],
+        reference: Callable[..., Any],
+        out: Callable[..., Outputs],
     ) -> None:
         self.name = name
         self.base = base  # the op whose policy applies: a gradient follows its op
@@ -64,7 +69,9 @@ class Dispatcher:
                 try:
                     candidate.launch(args, outs)
                 except Exception as error:
-                    raise KernelError(f"{self.name} on {candidate.backend} failed for {describe(args)}: {error}") from error
+                    raise KernelError(
+                        f"{self.name} on {candidate.backend} failed for {describe(args)}: {error}"
+                    ) from error
                 return outs
         return self._fall_back(chosen, args, key, outs)
 
@@ -99,16 +106,18 @@ class Dispatcher:
 
     def _fall_back(self, chosen: str, args: Args, key: Tensor, outs: Outputs) -> Outputs:
         if chosen not in ("auto", "reference") and (chosen in self.lanes or self.name == self.base):
-            reasons = self.reasons(args, key).get(chosen, [f"{self.name} has no {chosen} backend"])
-            raise UnsupportedError(self.name, {chosen: reasons})
+            why = self.reasons(args, key).get(chosen, [f"{self.name} has no {chosen} backend"])
+            raise UnsupportedError(self.name, {chosen: why})
         if chosen == "auto":
             reasons = self.reasons(args, key)
             if settings.strict:
                 raise UnsupportedError(self.name, reasons)
-            summary = tuple(f"{backend}: {'; '.join(why)}" for backend, why in reasons.items())
+            summary = tuple(f"{backend}: {'; '.join(sentences)}" for backend, sentences in reasons.items())
             if summary not in self._told:
                 self._told.add(summary)
-                log.info("%s runs its reference: %s", self.name, " | ".join(summary) or "no backend has a kernel for it")
+                log.info(
+                    "%s runs its reference: %s", self.name, " | ".join(summary) or "no backend has a kernel for it"
+                )
         if observers:
             self._observe("reference", args)
         # The outputs' strides are a promise (the fake kernel made it), so the reference's result is copied into them.

@@ -68,7 +68,9 @@ def register(spec: OpSpec) -> Callable[..., Any]:
     return call
 
 
-def _define(name: str, signature: inspect.Signature, run: Callable[..., Any], fake: Callable[..., Any]) -> Callable[..., Any]:
+def _define(
+    name: str, signature: inspect.Signature, run: Callable[..., Any], fake: Callable[..., Any]
+) -> Callable[..., Any]:
     schema = torch.library.infer_schema(_with_signature(signature, lambda args: None), mutates_args=())
     _library.define(name + schema, tags=[torch.Tag.pt2_compliant_tag])
     _library.impl(name, run, _implementation)

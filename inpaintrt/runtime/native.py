@@ -19,7 +19,10 @@ def _load() -> tuple[ModuleType | None, str]:
         from inpaintrt import _C  # torch is imported above: its OpenMP runtime is mapped before ours looks for one
     except ImportError as error:
         if "_C" in str(error):
-            return None, "the native library is not in this installation (pure-Python build); install with a C++17 compiler"
+            return (
+                None,
+                "the native library is not in this installation (pure-Python build); install with a C++17 compiler",
+            )
         return None, f"the native library does not load: {error}"
     found = _C.build_info()["abi"]
     if found != ABI:

@@ -73,13 +73,17 @@ def _inside(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return {f"module.{name}": tensor for name, tensor in state.items()}
 
 
-def _difference(actual: list[Tensor], wide: list[Tensor], truth: list[Tensor], expected: list[Tensor], *, deep: bool) -> str:
+def _difference(
+    actual: list[Tensor], wide: list[Tensor], truth: list[Tensor], expected: list[Tensor], *, deep: bool
+) -> str:
     if len(actual) != len(expected):
         return f"{len(actual)} outputs where the original has {len(expected)}"
     for got, exact, double, base in zip(actual, truth, wide, expected, strict=True):
         if got.shape != base.shape or got.dtype != base.dtype or got.stride() != base.stride():
-            return (f"output {tuple(got.shape)} {got.dtype} strides {got.stride()} where the original has "
-                    f"{tuple(base.shape)} {base.dtype} strides {base.stride()}")
+            return (
+                f"output {tuple(got.shape)} {got.dtype} strides {got.stride()} where the original has "
+                f"{tuple(base.shape)} {base.dtype} strides {base.stride()}"
+            )
         if not bool(got.isfinite().all()) and bool(base.isfinite().all()):
             return "non-finite output where the original's is finite"
         gap = (double - exact).abs().max().item() if exact.numel() else 0.0
@@ -96,7 +100,9 @@ def _double(args: Any) -> Any:
 
 
 def _convert(args: Any, device: torch.device) -> Any:
-    return tuple(_convert(a, device) if isinstance(a, tuple) else a.to(device) if isinstance(a, Tensor) else a for a in args)
+    return tuple(
+        _convert(a, device) if isinstance(a, tuple) else a.to(device) if isinstance(a, Tensor) else a for a in args
+    )
 
 
 def _shapes(args: Any) -> str:

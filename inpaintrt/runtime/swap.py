@@ -75,7 +75,7 @@ def disabled() -> Iterator[None]:
 
 def swap(module: nn.Module, record: Record) -> None:
     if record_of(module) is None:
-        module.__class__ = _subclass(type(module))
+        module.__class__ = _subclass(type(module))  # type: ignore[arg-type]
     module.__dict__[_RECORD] = record
 
 
@@ -166,7 +166,7 @@ def _subclass(original: type[nn.Module]) -> type[nn.Module]:
         return copyreg._reconstructor, (original, object, None), state  # type: ignore[attr-defined]
 
     def __deepcopy__(self: Any, memo: dict[int, Any]) -> Any:
-        twin = cls.__new__(cls)
+        twin = cls.__new__(cls)  # type: ignore[call-overload]
         memo[id(self)] = twin
         record = self.__dict__[_RECORD]
         twin.__dict__.update(copy.deepcopy({k: v for k, v in self.__dict__.items() if k != _RECORD}, memo))

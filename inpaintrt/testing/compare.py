@@ -47,8 +47,9 @@ def close_to_truth(actual: Tensor, truth: Tensor, baseline: Tensor, *, factor: f
     Raises: `ValueError` where shapes or dtypes do not fit, which is never a matter of tolerance.
     """
     if actual.shape != truth.shape or baseline.shape != truth.shape:
-        raise ValueError(f"shapes differ: actual {tuple(actual.shape)}, truth {tuple(truth.shape)}, "
-                         f"baseline {tuple(baseline.shape)}")
+        raise ValueError(
+            f"shapes differ: actual {tuple(actual.shape)}, truth {tuple(truth.shape)}, baseline {tuple(baseline.shape)}"
+        )
     if truth.dtype != torch.float64:
         raise ValueError(f"truth has dtype {truth.dtype}; accepted: float64")
     if actual.dtype != baseline.dtype:
@@ -58,12 +59,20 @@ def close_to_truth(actual: Tensor, truth: Tensor, baseline: Tensor, *, factor: f
     got, expected, exact = (t.detach().to("cpu", torch.float64) for t in (actual, baseline, truth))
 
     finite = expected.isfinite() & exact.isfinite()
-    odd = ~got.isfinite() if bool(finite.all()) else (got.isfinite() != expected.isfinite()) | _other_kind(got, expected)
+    odd = (
+        ~got.isfinite() if bool(finite.all()) else (got.isfinite() != expected.isfinite()) | _other_kind(got, expected)
+    )
     if bool(odd.any()):
         at = tuple(odd.nonzero()[0].tolist())
-        return Verdict(False, torch.inf, torch.inf, 0.0, 0.0,
-                       f"non-finite values differ in {int(odd.sum())} places, first at {at}: "
-                       f"{got[at].item()} where the baseline has {expected[at].item()}")
+        return Verdict(
+            False,
+            torch.inf,
+            torch.inf,
+            0.0,
+            0.0,
+            f"non-finite values differ in {int(odd.sum())} places, first at {at}: "
+            f"{got[at].item()} where the baseline has {expected[at].item()}",
+        )
     got, expected, exact = (torch.where(finite, t, 0.0) for t in (got, expected, exact))
     error, own = (got - exact).abs(), (expected - exact).abs()
     band = BAND * torch.finfo(actual.dtype).eps * exact.abs().max().item()
@@ -72,8 +81,10 @@ def close_to_truth(actual: Tensor, truth: Tensor, baseline: Tensor, *, factor: f
     message = ""
     if max_error > max_allowed or rms_error > rms_allowed:
         at = tuple(_index(int(error.argmax()), error.shape))
-        message = (f"max error {max_error:.3g} (allowed {max_allowed:.3g}), RMS {rms_error:.3g} (allowed {rms_allowed:.3g}); "
-                   f"worst at {at}: {got[at].item():.9g}, truth {exact[at].item():.9g}, baseline {expected[at].item():.9g}")
+        message = (
+            f"max error {max_error:.3g} (allowed {max_allowed:.3g}), RMS {rms_error:.3g} (allowed {rms_allowed:.3g}); "
+            f"worst at {at}: {got[at].item():.9g}, truth {exact[at].item():.9g}, baseline {expected[at].item():.9g}"
+        )
     return Verdict(not message, max_error, rms_error, max_allowed, rms_allowed, message)
 
 

@@ -34,7 +34,9 @@ def tensor_for(key: str, shape: tuple[int, ...]) -> Tensor:
 
 def state_for(module: nn.Module) -> dict[str, Tensor]:
     """Recipe values for all parameters and running statistics of `module`; other buffers as they are (copies)."""
-    state = {name: tensor_for(name, tuple(p.shape)).to(p) for name, p in module.named_parameters() if p.is_floating_point()}
+    state = {
+        name: tensor_for(name, tuple(p.shape)).to(p) for name, p in module.named_parameters() if p.is_floating_point()
+    }
     for name, buffer in module.named_buffers():
         statistic = name.endswith(("running_mean", "running_var"))
         state[name] = tensor_for(name, tuple(buffer.shape)).to(buffer) if statistic else buffer.detach().clone()

@@ -2,7 +2,8 @@
  *
  * A kernel is a C function of one `irt_call`: the op's arguments in schema order, then its outputs. Nothing here knows
  * torch, Python or CUDA headers, so that the same kernels serve the Python package, a C++ product and the tests.
- * Strides and sizes are in elements; a kernel validates what it reads and reports through `irt_status`, never by exception.
+ * Strides and sizes are in elements; a kernel validates what it reads and reports through `irt_status`, never by
+ * exception.
  */
 #ifndef INPAINTRT_ABI_H
 #define INPAINTRT_ABI_H
@@ -82,7 +83,8 @@ typedef struct irt_status {
 
 typedef void (*irt_kernel)(const irt_call* call, irt_status* status);
 
-/* Where and with what a CUDA kernel is launched: computed once, in plain host C++, for the nvcc and the NVRTC path alike. */
+/* Where and with what a CUDA kernel is launched: computed once, in plain host C++, for the nvcc and the NVRTC path
+ * alike. */
 typedef struct irt_plan {
   char entry[192]; /* the C++ name expression of the kernel instance, e.g. "irt::gated_activation<float, 3>" */
   uint32_t grid[3];
@@ -104,10 +106,10 @@ int irt_cpu_count(void); /* of kernels at the chosen ISA, for listings */
 const char* irt_cpu_name(int index);
 
 /* The workspace arena shared by all CPU kernels. */
-int64_t irt_arena_bytes(void);            /* held now, in use or kept for reuse */
-int64_t irt_arena_peak_bytes(void);       /* most that was ever held */
-void irt_arena_set_limit(int64_t bytes);  /* of what is kept for reuse; default 1 GiB */
-void irt_empty_cache(void);               /* give back what is not in use */
+int64_t irt_arena_bytes(void);           /* held now, in use or kept for reuse */
+int64_t irt_arena_peak_bytes(void);      /* most that was ever held */
+void irt_arena_set_limit(int64_t bytes); /* of what is kept for reuse; default 1 GiB */
+void irt_empty_cache(void);              /* give back what is not in use */
 
 /* The OpenMP runtime this library is bound to: a path, or "" for serial execution. */
 const char* irt_openmp_runtime(void);
