@@ -23,7 +23,6 @@ SOURCES := $(shell git ls-files --cached --others --exclude-standard csrc kernel
 $(VENV)/installed: $(wildcard $(SOURCES))
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/pip install --quiet torch==$(shell sed -n 's/^torch==//p' constraints.txt)
-	$(VENV)/bin/pip install --quiet --force-reinstall --no-deps .
 	$(VENV)/bin/pip install --quiet ".[test]"
 	@touch $@
 

@@ -39,6 +39,10 @@ class _Found:
     adapter: Any
     why_not: str
 
+    @property
+    def name(self) -> str:
+        return self.path or type(self.module).__name__
+
 
 def accelerate(
     model: M,
@@ -87,32 +91,32 @@ def accelerate(
             "inpaintrt.models and accelerate that"
         )
     chosen, skipped = _patterns(only), _patterns(skip) or ()
-    found = list(_find(model))
     for pattern in (*(chosen or ()), *skipped):
         _check_pattern(pattern, model)
-    swapped = 0
-    for item in found:
-        if (chosen is not None and not _fits(item, chosen)) or _fits(item, skipped):
+    recognised = swapped = 0
+    inside: set[nn.Module] = set()  # what swapped containers hold; shared modules are visited once by named_modules
+    for path, module in model.named_modules():
+        item = None if module in inside else _recognise(path, module)
+        if item is None or (chosen is not None and not _fits(item, chosen)) or _fits(item, skipped):
             continue
+        recognised += 1
         why_not = item.why_not
         if not why_not and precision == "fp16":
-            why_not = "fp16 overflows in its spectra (use bf16)"
-            if not strict:
-                raise UnsupportedError(item.path or type(item.module).__name__, {"fp16": [why_not]})
+            raise UnsupportedError(item.name, {"fp16": ["it overflows in the spectra (use bf16)"]})
         if not why_not:
-            swap(item.module, Record(item.adapter, backend, precision, composited))
-            why_not = run_probe(item.module) if probe else ""
-            if why_not:
-                restore_module(item.module)
+            swap(module, Record(item.adapter, backend, precision, composited))
+            why_not = run_probe(module) if probe else ""
         if why_not:
-            item.module.__dict__[_REFUSED] = (item.adapter.name, why_not)
+            restore_module(module)
+            module.__dict__[_REFUSED] = (item.adapter.name, why_not)
             if strict:
                 restore(model)
-                raise UnsupportedError(item.path or type(item.module).__name__, {item.adapter.name: [why_not]})
+                raise UnsupportedError(item.name, {item.adapter.name: [why_not]})
             continue
-        item.module.__dict__.pop(_REFUSED, None)
+        module.__dict__.pop(_REFUSED, None)
+        inside.update(module.modules())
         swapped += 1
-    log.info("%d of %d recognised modules accelerated (see inpaintrt.explain)", swapped, len(found))
+    log.info("%d of %d recognised modules accelerated (see inpaintrt.explain)", swapped, recognised)
     return model
 
 
@@ -170,9 +174,10 @@ def explain(model: nn.Module, *example: Any) -> Report:
         elif refused is not None:
             rows.append(_row(path, module, refused[0], [], ["torch"], "original", refused[1]))
     if not any(record_of(m) for m in model.modules()) and not rows:
-        for item in _find(model):
-            why = item.why_not or "accelerate was not called"
-            rows.append(_row(item.path, item.module, item.adapter.name, [], ["torch"], "original", why))
+        for path, module in model.named_modules():
+            if item := _recognise(path, module):
+                why = item.why_not or "accelerate was not called"
+                rows.append(_row(path, module, item.adapter.name, [], ["torch"], "original", why))
     fast = sum(record_of(m) is not None for m in model.modules())
     covered = {id(p) for m in model.modules() if record_of(m) for p in m.parameters()}
     total = sum(p.numel() for p in model.parameters())
@@ -226,21 +231,12 @@ def verify(model: nn.Module, *example: Any) -> Report:
 # ---- parts ----------------------------------------------------------------------------------------------------------
 
 
-def _find(model: nn.Module) -> Iterator[_Found]:
-    """Recognised modules, outermost first; what a swappable container holds is not visited, and shared modules once."""
-    inside: set[nn.Module] = set()
-    for path, module in model.named_modules():
-        if module in inside:
-            continue
-        for adapter in ADAPTERS:
-            why_not = adapter.match(module)
-            if why_not == "":
-                continue
-            why_not = why_not or next(obstacles(module), "")
-            yield _Found(path, module, adapter, why_not)
-            if not why_not:
-                inside.update(module.modules())
-            break
+def _recognise(path: str, module: nn.Module) -> _Found | None:
+    for adapter in ADAPTERS:
+        why_not = adapter.match(module)
+        if why_not != "":
+            return _Found(path, module, adapter, why_not or next(obstacles(module), ""))
+    return None
 
 
 def _patterns(value: str | Iterable[str] | None) -> tuple[str, ...] | None:

@@ -45,6 +45,7 @@ def run(folder: str | os.PathLike[str] = ".", *, backend: str = "auto", say: Cal
     Returns: whether the accelerated model was verified.
     """
     target = Path(folder) / PICTURE
+    target.parent.mkdir(parents=True, exist_ok=True)
     images.check_target(target, overwrite=True)
     photo, mask = photo_and_mask()
     width, height = photo.size
@@ -82,16 +83,17 @@ def run(folder: str | os.PathLike[str] = ".", *, backend: str = "auto", say: Cal
 
 
 def _errors(model: nn.Module, image: images.Pixels, hole: images.Hole) -> dict[str, str]:
-    """How far the accelerated fill is from the untouched model's, over the hole."""
+    """How far the accelerated fill is from the untouched model's over the hole, and from the photo elsewhere."""
     real = image.astype(np.float32) / 255
     with irt.disabled():
         exact, exact_bytes = pipeline.fill(model, real, hole)[hole], pipeline.fill(model, image, hole)[hole]
     error = np.abs(pipeline.fill(model, real, hole)[hole] - exact, dtype=np.float64)
-    levels = np.abs(pipeline.fill(model, image, hole)[hole].astype(int) - exact_bytes)
+    filled = pipeline.fill(model, image, hole)
+    levels = np.abs(filled[hole].astype(int) - exact_bytes)
     return {
         "error in the hole": f"max {error.max():.1e}, RMS {np.sqrt((error**2).mean()):.1e} (values in [0, 1])",
         "8-bit values in the hole": f"{100 * (levels == 0).mean():.3f} % equal, largest difference {levels.max()}",
-        "pixels outside the hole": "equal to the photo's, bit for bit",
+        "pixels outside the hole": f"{int((filled != image)[~hole].any(-1).sum())} differ from the photo's",
     }
 
 

@@ -26,6 +26,9 @@ void bind_tensor_type(const py::type& type) {
     throw std::runtime_error("torch's DLPack exchange table has major version " + std::to_string(api->major) +
                              ", this build reads 1");
   }
+  if (!api->tensor_from_object || !api->current_stream) {
+    throw std::runtime_error("torch's DLPack exchange table lacks an optional function that this build needs");
+  }
   tensor_type = reinterpret_cast<PyTypeObject*>(py::object(type).release().ptr());  // lives as long as the process
   exchange = api;
 }
@@ -136,6 +139,8 @@ class Call {
   }
 
   static int64_t integer(PyObject* object) {
+    // Anything else might run Python code (__index__), which might change the list that is being read.
+    if (!PyLong_Check(object)) throw py::type_error("a list may hold tensors or integers only");
     const long long value = PyLong_AsLongLong(object);
     if (value == -1 && PyErr_Occurred()) throw py::error_already_set();
     return value;
@@ -165,7 +170,7 @@ struct Kernel {
 
   void operator()(const py::tuple& args, const py::tuple& outs, int threads) const {
     const Call call(args, outs, device_type, threads);
-    irt_status status{};
+    irt_status status;
     {
       const py::gil_scoped_release release;
       run(call.get(), &status);
@@ -180,8 +185,8 @@ struct Planner {
   // (entry, grid, block, shared bytes, parameter bytes); a grid with a zero means that there is nothing to do.
   py::tuple operator()(const py::tuple& args, const py::tuple& outs, int device_type) const {
     const Call call(args, outs, device_type, 0);
-    irt_plan p{};
-    irt_status status{};
+    irt_plan p;
+    irt_status status;
     plan(call.get(), &p, &status);
     raise_unless_ok(status);
     return py::make_tuple(std::string(p.entry), py::make_tuple(p.grid[0], p.grid[1], p.grid[2]),
@@ -197,11 +202,16 @@ struct CudaLibrary {
 } cuda;
 
 void load_cuda(const std::string& path) {
-  cuda.handle = dlopen(path.c_str(), RTLD_NOW | RTLD_LOCAL);
-  if (!cuda.handle) throw std::runtime_error(dlerror());
-  cuda.find = reinterpret_cast<decltype(cuda.find)>(dlsym(cuda.handle, "irt_cuda_find"));
-  cuda.info = reinterpret_cast<decltype(cuda.info)>(dlsym(cuda.handle, "irt_cuda_info"));
-  if (!cuda.find || !cuda.info) throw std::runtime_error(path + " is not an inpaintrt CUDA library");
+  CudaLibrary found;
+  found.handle = dlopen(path.c_str(), RTLD_NOW | RTLD_LOCAL);
+  if (!found.handle) throw std::runtime_error(dlerror());
+  found.find = reinterpret_cast<decltype(found.find)>(dlsym(found.handle, "irt_cuda_find"));
+  found.info = reinterpret_cast<decltype(found.info)>(dlsym(found.handle, "irt_cuda_info"));
+  if (!found.find || !found.info) {
+    dlclose(found.handle);
+    throw std::runtime_error(path + " is not an inpaintrt CUDA library");
+  }
+  cuda = found;
 }
 
 py::object kernel_or_none(irt_kernel run, int device_type) {

@@ -1,9 +1,11 @@
 #include "arena.h"
 
+#include <pthread.h>
 #include <sys/mman.h>
 
 #include <algorithm>
 #include <mutex>
+#include <new>
 #include <vector>
 
 #include "inpaintrt/abi.h"
@@ -12,6 +14,7 @@ namespace irt {
 namespace {
 
 constexpr size_t kBlock = size_t{2} << 20;  // one huge page
+constexpr size_t kMost = SIZE_MAX / 4;      // more than any address space has; sums of two such sizes do not overflow
 
 struct Block {
   void* data;
@@ -35,6 +38,7 @@ struct Arena {
   }
 
   void* take(size_t& bytes) {
+    if (bytes > kMost) return nullptr;
     bytes = std::max<size_t>((bytes + kBlock - 1) / kBlock * kBlock, kBlock);
     const std::lock_guard<std::mutex> lock(mutex);
     auto fit = std::lower_bound(free.begin(), free.end(), bytes, [](const Block& b, size_t n) { return b.bytes < n; });
@@ -46,16 +50,25 @@ struct Arena {
       return data;
     }
     void* data = map(bytes);
+    if (!data && kept) {  // what is kept for reuse stands in the way of what is needed now
+      drop_above(0);
+      data = map(bytes);
+    }
     if (data) peak = std::max(peak, held += bytes);
     return data;
   }
 
   void give(void* data, size_t bytes) {
     const std::lock_guard<std::mutex> lock(mutex);
-    if (kept + bytes > limit) return drop({data, bytes});
+    if (bytes > limit || kept > limit - bytes) return drop({data, bytes});
+    try {
+      free.insert(
+          std::lower_bound(free.begin(), free.end(), bytes, [](const Block& b, size_t n) { return b.bytes < n; }),
+          {data, bytes});
+    } catch (const std::bad_alloc&) {  // no room for the note that it is free
+      return drop({data, bytes});
+    }
     kept += bytes;
-    free.insert(std::lower_bound(free.begin(), free.end(), bytes, [](const Block& b, size_t n) { return b.bytes < n; }),
-                {data, bytes});
   }
 
   void drop(Block block) {
@@ -63,8 +76,8 @@ struct Arena {
     held -= block.bytes;
   }
 
-  void shrink_to(size_t bytes) {
-    const std::lock_guard<std::mutex> lock(mutex);
+  // Unlocked, like `drop`.
+  void drop_above(size_t bytes) {
     while (kept > bytes) {
       kept -= free.back().bytes;
       drop(free.back());
@@ -74,7 +87,12 @@ struct Arena {
 };
 
 Arena& arena() {
-  static Arena* const instance = new Arena;  // never destroyed: kernels may still run in other threads at exit
+  static Arena* const instance = [] {
+    // A child of fork has this thread only: the lock must not be held, then, by one that is gone.
+    pthread_atfork([] { arena().mutex.lock(); }, [] { arena().mutex.unlock(); }, [] { arena().mutex.unlock(); });
+    alignas(Arena) static char storage[sizeof(Arena)];
+    return new (storage) Arena;  // never destroyed: kernels may still run in other threads at exit
+  }();
   return *instance;
 }
 
@@ -97,11 +115,12 @@ int64_t irt_arena_peak_bytes(void) {
   return static_cast<int64_t>(irt::arena().peak);
 }
 void irt_arena_set_limit(int64_t bytes) {
-  {
-    const std::lock_guard<std::mutex> lock(irt::arena().mutex);
-    irt::arena().limit = static_cast<size_t>(std::max<int64_t>(bytes, 0));
-  }
-  irt::arena().shrink_to(static_cast<size_t>(std::max<int64_t>(bytes, 0)));
+  const std::lock_guard<std::mutex> lock(irt::arena().mutex);
+  irt::arena().limit = static_cast<size_t>(std::max<int64_t>(bytes, 0));
+  irt::arena().drop_above(irt::arena().limit);
 }
-void irt_empty_cache(void) { irt::arena().shrink_to(0); }
+void irt_empty_cache(void) {
+  const std::lock_guard<std::mutex> lock(irt::arena().mutex);
+  irt::arena().drop_above(0);
+}
 }

@@ -61,7 +61,7 @@ const char* irt_cpu_isa(void) { return choice().isa; }
 const char* irt_cpu_isa_error(void) { return choice().error; }
 
 irt_kernel irt_cpu_find(const char* name) {
-  const char* isa = irt_cpu_isa();
+  const char* isa = name ? irt_cpu_isa() : nullptr;
   for (auto k = __start_irt_kernels; isa && k != __stop_irt_kernels; ++k) {
     if (!strcmp((*k)->name, name) && !strcmp((*k)->isa, isa)) return (*k)->run;
   }
@@ -69,7 +69,7 @@ irt_kernel irt_cpu_find(const char* name) {
 }
 
 irt_planner irt_plan_find(const char* name) {
-  for (auto p = __start_irt_plans; p != __stop_irt_plans; ++p) {
+  for (auto p = __start_irt_plans; name && p != __stop_irt_plans; ++p) {
     if (!strcmp((*p)->name, name)) return (*p)->plan;
   }
   return nullptr;
@@ -82,6 +82,7 @@ int irt_cpu_count(void) {
 }
 
 const char* irt_cpu_name(int index) {
+  if (index < 0) return nullptr;
   for (auto k = __start_irt_kernels; irt_cpu_isa() && k != __stop_irt_kernels; ++k) {
     if (!strcmp((*k)->isa, irt_cpu_isa()) && index-- == 0) return (*k)->name;
   }

@@ -69,6 +69,7 @@ void backward_row(const T* f, const T* g, const T* grad, T* df, T* dg, int64_t n
 template <class T, Act act>
 void forward(const irt_view& y, const irt_view& out, Settings s, int threads) {
   const Loop<2> loop(4, out.sizes, {out.strides, y.strides});
+  if (loop.total() == 0) return;  // pointers may be null
   const T* f = static_cast<const T*>(y.data);
   const T* g = f + out.sizes[1] * y.strides[1];
   T* o = static_cast<T*>(out.data);
@@ -83,6 +84,7 @@ void forward(const irt_view& y, const irt_view& out, Settings s, int threads) {
 template <class T, Act act>
 void backward(const irt_view& grad, const irt_view& y, const irt_view& out, Settings s, int threads) {
   const Loop<3> loop(4, grad.sizes, {out.strides, y.strides, grad.strides});
+  if (loop.total() == 0) return;
   const T* f = static_cast<const T*>(y.data);
   const T* g = f + grad.sizes[1] * y.strides[1];
   T* df = static_cast<T*>(out.data);
@@ -137,8 +139,12 @@ struct Backward {
 bool read(const irt_call& call, int first, const irt_view& half, Settings& s, irt_status& status) {
   const irt_view* y = tensor_arg(call, first, status);
   if (!y) return false;
-  if (call.nargs < first + 4 || call.args[first + 1].kind != IRT_STRING ||
-      !parse_activation(call.args[first + 1].s, s.act)) {
+  if (call.nargs < first + 4 || call.args[first + 1].kind != IRT_STRING || !is_number_or_none(call.args[first + 2]) ||
+      !is_number_or_none(call.args[first + 3])) {
+    fail(status, IRT_BAD_ARGUMENT, "expected y, activation, alpha and gain");
+    return false;
+  }
+  if (!parse_activation(call.args[first + 1].s, s.act)) {
     fail(status, IRT_BAD_ARGUMENT, "unknown activation");
     return false;
   }
@@ -157,7 +163,9 @@ bool read(const irt_call& call, int first, const irt_view& half, Settings& s, ir
 // (y, activation, alpha, gain) -> out
 void gated_activation(const irt_call& call, irt_status& status) {
   Settings s;
-  if (call.nouts != 1) return fail(status, IRT_BAD_ARGUMENT, "one output expected");
+  if (call.nargs != 4 || call.nouts != 1) {
+    return fail(status, IRT_BAD_ARGUMENT, "expected (y, activation, alpha, gain) and one output");
+  }
   if (!read(call, 0, call.outs[0], s, status)) return;
   for_dtype<Forward>(call.outs[0].dtype, status, s.act, *call.args[0].tensors, call.outs[0], s, call.threads);
 }
@@ -165,12 +173,17 @@ void gated_activation(const irt_call& call, irt_status& status) {
 // ([grad], y, activation, alpha, gain, needs) -> [dy]
 void gated_activation_backward(const irt_call& call, irt_status& status) {
   Settings s;
-  if (call.nouts != 1 || call.nargs < 1 || call.args[0].kind != IRT_TENSORS || call.args[0].count != 1) {
-    return fail(status, IRT_BAD_ARGUMENT, "one gradient in and one out expected");
+  if (call.nargs != 6 || call.nouts != 1 || call.args[0].kind != IRT_TENSORS || call.args[0].count != 1) {
+    return fail(status, IRT_BAD_ARGUMENT, "expected ([grad], y, activation, alpha, gain, needs) and one output");
   }
   const irt_view& grad = call.args[0].tensors[0];
   if (!read(call, 1, grad, s, status)) return;
-  for_dtype<Backward>(grad.dtype, status, s.act, grad, *call.args[1].tensors, call.outs[0], s, call.threads);
+  const irt_view& y = *call.args[1].tensors;
+  const irt_view& out = call.outs[0];
+  if (out.ndim != 4 || out.dtype != y.dtype || memcmp(out.sizes, y.sizes, 4 * sizeof y.sizes[0])) {
+    return fail(status, IRT_BAD_ARGUMENT, "the gradient of y must have y's shape and dtype");
+  }
+  for_dtype<Backward>(grad.dtype, status, s.act, grad, y, out, s, call.threads);
 }
 
 }  // namespace

@@ -4,18 +4,23 @@
 
 #include <dlfcn.h>
 #include <link.h>
+#include <pthread.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cstdio>
 #include <cstring>
-#include <mutex>
 
 #include "inpaintrt/abi.h"
 
 namespace irt {
 namespace {
 
-constexpr size_t kPath = 1024;
+constexpr size_t kPath = 4096;
+
+// True in a child of fork whose OpenMP runtime is GNU's: the threads of its pool are not there, and it would wait for
+// them. (LLVM's and Intel's start over by themselves.)
+std::atomic<bool> orphaned{false};
 
 struct OpenMP {
   char path[kPath] = "";
@@ -31,34 +36,50 @@ struct OpenMP {
     thread_index = reinterpret_cast<decltype(thread_index)>(dlsym(handle, "omp_get_thread_num"));
     team_size = reinterpret_cast<decltype(team_size)>(dlsym(handle, "omp_get_num_threads"));
     nested = reinterpret_cast<decltype(nested)>(dlsym(handle, "omp_in_parallel"));
-    if (!(parallel && thread_index && team_size && nested)) return false;
+    if (!(parallel && thread_index && team_size && nested)) {
+      parallel = nullptr;
+      return false;
+    }
     snprintf(path, sizeof path, "%s", name);
+    const bool gnu = !dlsym(handle, "__kmpc_fork_call");
+    if (gnu) pthread_atfork(nullptr, nullptr, [] { orphaned = true; });
     return true;
   }
 };
 
-int find_runtime(dl_phdr_info* info, size_t, void* result) {
+// Mapped libraries that have the name of an OpenMP runtime. Most processes have none or one; a few unrelated libraries
+// begin with the same letters, so there is room for more.
+struct Candidates {
+  char paths[4][kPath];
+  int count = 0;
+};
+
+int note_runtime(dl_phdr_info* info, size_t, void* result) {
+  auto& found = *static_cast<Candidates*>(result);
   const char* slash = strrchr(info->dlpi_name, '/');
   const char* base = slash ? slash + 1 : info->dlpi_name;
   for (const char* stem : {"libgomp", "libiomp", "libomp"}) {
     if (strncmp(base, stem, strlen(stem)) == 0) {
-      snprintf(static_cast<char*>(result), kPath, "%s", info->dlpi_name);
-      return 1;
+      snprintf(found.paths[found.count++], kPath, "%s", info->dlpi_name);
+      break;
     }
   }
-  return 0;
+  return found.count == 4;
+}
+
+OpenMP find() {
+  OpenMP runtime;
+  Candidates mapped;
+  dl_iterate_phdr(note_runtime, &mapped);
+  for (int i = 0; i < mapped.count; ++i) {
+    if (runtime.bind(mapped.paths[i], RTLD_NOLOAD)) return runtime;
+  }
+  runtime.bind("libgomp.so.1", 0);  // a C++ program without torch; where there is none, loops are serial
+  return runtime;
 }
 
 const OpenMP& openmp() {
-  static OpenMP runtime;
-  static std::once_flag once;
-  std::call_once(once, [] {
-    char mapped[kPath] = "";
-    dl_iterate_phdr(find_runtime, mapped);
-    if (mapped[0] && runtime.bind(mapped, RTLD_NOLOAD)) return;
-    if (!mapped[0] && runtime.bind("libgomp.so.1", 0)) return;  // a C++ program without torch
-    runtime.parallel = nullptr;
-  });
+  static const OpenMP runtime = find();
   return runtime;
 }
 
@@ -71,7 +92,8 @@ struct Team {
 void run_share(void* data) {
   const Team& team = *static_cast<const Team*>(data);
   const int64_t count = openmp().team_size(), index = openmp().thread_index();
-  const int64_t begin = team.n * index / count, end = team.n * (index + 1) / count;
+  const int64_t share = team.n / count, rest = team.n % count;  // the first `rest` pieces have one item more
+  const int64_t begin = share * index + std::min(index, rest), end = begin + share + (index < rest);
   if (begin < end) team.body(team.context, begin, end);
 }
 
@@ -79,8 +101,8 @@ void run_share(void* data) {
 
 void parallel_ranges(int64_t n, int64_t grain, int threads, void (*body)(void*, int64_t, int64_t), void* context) {
   if (n <= 0) return;
-  const int64_t pieces = std::min<int64_t>(threads, (n + grain - 1) / std::max<int64_t>(grain, 1));
-  if (pieces <= 1 || !openmp().parallel || openmp().nested()) return body(context, 0, n);
+  const int64_t pieces = std::min<int64_t>(threads, n / std::max<int64_t>(grain, 1));
+  if (pieces <= 1 || orphaned || !openmp().parallel || openmp().nested()) return body(context, 0, n);
   Team team{n, body, context};
   openmp().parallel(run_share, &team, static_cast<unsigned>(pieces), 0);
 }

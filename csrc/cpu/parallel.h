@@ -7,7 +7,9 @@
 #include <cstdint>
 
 namespace irt {
-// Calls body(context, begin, end) over [0, n) in at most `threads` contiguous pieces of at least `grain` items.
+// Calls body(context, begin, end) over [0, n) in at most `threads` contiguous pieces of at least `grain` items; in one
+// piece inside another parallel region, and in a child of fork where the runtime's threads do not exist. The body must
+// not throw.
 void parallel_ranges(int64_t n, int64_t grain, int threads, void (*body)(void*, int64_t, int64_t), void* context);
 }  // namespace irt
 

@@ -219,7 +219,7 @@ static inline void store(bf16* p, Vec x) { from_float(x.v, *p); }
 
 #endif
 
-// The first n (< kWidth) lanes; the rest is zero. Strided forms serve layouts whose inner dimension is not contiguous.
+// The first n (<= kWidth) lanes; the rest is zero. Strided forms serve layouts whose inner dimension is not contiguous.
 template <class T>
 static inline Vec load_some(const T* p, int64_t n, int64_t stride = 1) {
   alignas(64) float lanes[Vec::kWidth] = {};
@@ -257,11 +257,14 @@ static inline Vec exp(Vec x) {
   return scale_by_power(p + Vec(1.0f), n);
 }
 
-// e^x − 1 with a relative error of a few ulp everywhere, near 0 too: 2^n·p + (2^n − 1). NaN in gives NaN out.
+// e^x − 1 with a relative error of a few ulp everywhere, near 0 too: 2^n·p + (2^n − 1), computed at half its size
+// because p is negative, or 2^n alone is infinite, where the sum is neither. NaN in gives NaN out.
 static inline Vec expm1(Vec x) {
   Vec n;
   const Vec p = reduced_expm1(x, n);
-  return scale_by_power(p, n) + (scale_by_power(Vec(1.0f), n) - Vec(1.0f));
+  n = n - Vec(1.0f);
+  const Vec half = scale_by_power(p, n) + (scale_by_power(Vec(1.0f), n) - Vec(0.5f));
+  return half + half;
 }
 
 // For gates and SiLU: exact limits (0 at −inf, 1 at +inf), NaN kept.

@@ -59,7 +59,7 @@ struct Nest {
     IRT_UNROLL
     for (int k = 0; k < kOperands; ++k) at[k] = 0;
     IRT_UNROLL  // so that no array is indexed at run time, which would put it into local memory
-        for (int d = 0; d < kMaxRank; ++d) {
+    for (int d = 0; d < kMaxRank; ++d) {
       Offset here = index;
       if (d + 1 < rank) {
         index = sizes[d].quotient(index);

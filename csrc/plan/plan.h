@@ -14,9 +14,12 @@
 #include "nest.h"
 
 // Registers `void name(const irt_call&, irt_plan&, irt_status&)` under its own name.
-#define IRT_PLAN(name)                                                                                              \
-  static void name##_entry(const irt_call* call, irt_plan* out, irt_status* status) { name(*call, *out, *status); } \
-  static const ::irt::PlanRecord name##_record = {#name, name##_entry};                                             \
+#define IRT_PLAN(name)                                                                \
+  static void name##_entry(const irt_call* call, irt_plan* out, irt_status* status) { \
+    clear(*out);                                                                      \
+    if (well_formed(*call, *status)) name(*call, *out, *status);                      \
+  }                                                                                   \
+  static const ::irt::PlanRecord name##_record = {#name, name##_entry};               \
   __attribute__((section("irt_plans"), used)) static const ::irt::PlanRecord* const name##_listed = &name##_record;
 
 namespace irt::plan {
@@ -74,6 +77,13 @@ Nest<Offset, kOperands> nest(const Loop<kOperands>& loop, int pack) {
     for (int k = 0; k < kOperands; ++k) result.strides[k][d] = static_cast<Offset>(loop.strides[k][from] * scale);
   }
   return result;
+}
+
+// An empty grid. The parameters' bytes stay as they are: nobody reads more of them than `params_bytes`.
+static inline void clear(irt_plan& plan) {
+  plan.entry[0] = 0;
+  for (int i = 0; i < 3; ++i) plan.grid[i] = plan.block[i] = 0;
+  plan.shared_bytes = plan.params_bytes = 0;
 }
 
 template <class Params>

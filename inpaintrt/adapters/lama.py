@@ -108,7 +108,7 @@ def _why_not_ffc(module: Any, *, streams: bool) -> str | None:
     if not streams:
         return "it has a global input" if isinstance(from_wide, nn.Conv2d) else None
     if not (isinstance(to_wide, nn.Conv2d) and isinstance(from_wide, nn.Conv2d) and isinstance(spectral, nn.Module)):
-        return "it lacks one of the four paths"
+        return ""  # a layer of a generator's head, which only the generator's form covers
     if local.stride != (1, 1) or local.padding != (local.kernel_size[0] // 2,) * 2:
         return "it is strided or changes the size"
     return _why_not_spectral(spectral, from_wide.in_channels, to_wide.out_channels)
@@ -192,10 +192,7 @@ def head_layer(module: Any, x: Tensor) -> Tensor:
         scale_g, shift_g = batch_norm_affine(module.bn_g)
         weight = torch.cat([weight, scale_outputs(to_wide.weight, scale_g)])
         shift = torch.cat([shift, shift_g])
-    stride, padding = local.stride[0], local.padding[0]
-    if padding == 0:
-        return F.conv2d(x, weight, shift, stride).relu_()
-    return conv2d_reflect(x, weight, shift, stride=stride, padding=padding).relu_()
+    return conv2d_reflect(x, weight, shift, stride=local.stride[0], padding=local.padding[0]).relu_()
 
 
 def up_layer(conv: Any, bn: Any, x: Tensor) -> Tensor:

@@ -35,12 +35,21 @@ _SOURCES = (
 # Variables that settings.py knows of but does not read: who does, what they accept, what they do.
 _READ_ELSEWHERE = {
     "BUILD_NATIVE": ("pip install", "`0`: a pure-Python package, with the reference and Triton backends only"),
-    "CUDA": ("pip install, CMake", "`AUTO` (default), `ON`, `OFF`: build the CUDA kernels with nvcc. AUTO builds them where a GPU "
-             "is present or architectures are named; ON fails the build where they cannot be built"),
-    "CUDA_ARCHS": ("pip install, CMake", "architectures to build for, such as `80;90`; default: those of the GPUs present"),
-    "CPU_ISA": ("the native library, when it loads", "`scalar`, `avx2` or `avx512`: forces this instruction set; one that the CPU "
-                "lacks makes the `cpu` backend unavailable, with that reason"),
-}  # fmt: skip
+    "CUDA": (
+        "pip install, CMake",
+        "`AUTO` (default), `ON`, `OFF`: build the CUDA kernels with nvcc. AUTO builds them where a GPU is present or "
+        "architectures are named; ON fails the build where they cannot be built",
+    ),
+    "CUDA_ARCHS": (
+        "pip install, CMake",
+        "architectures to build for, such as `80;90`; default: those of the GPUs present",
+    ),
+    "CPU_ISA": (
+        "the native library, when it loads",
+        "`scalar`, `avx2` or `avx512`: forces this instruction set; one that the CPU lacks makes the `cpu` backend "
+        "unavailable, with that reason",
+    ),
+}
 
 
 def pages(root: Path) -> dict[str, str]:
@@ -96,12 +105,13 @@ def environment_page() -> str:
     if set(EXTERNAL) != set(_READ_ELSEWHERE):
         raise ValueError(f"settings.EXTERNAL names {EXTERNAL}; described here: {tuple(_READ_ELSEWHERE)}")
     elsewhere = [(f"`{PREFIX}{name}`", *_READ_ELSEWHERE[name]) for name in EXTERNAL]
-    return (
-        f"{_NOTICE}\n# Environment variables\n\nRead once, when `inpaintrt` is imported. A value that is not accepted is an error; a "
-        f"name that begins with\n`{PREFIX}` and is unknown warns, with the nearest known one. `inpaintrt info` shows what is in effect.\n\n"
-        f"{_table(('variable', 'default', 'accepted', 'meaning'), rows)}\n"
-        f"## Read elsewhere\n\n{_table(('variable', 'read by', 'meaning'), elsewhere)}"
+    text = (
+        "Read once, when `inpaintrt` is imported. A value that is not accepted is an error; a name that begins with\n"
+        f"`{PREFIX}` and is unknown warns, with the nearest known one. `inpaintrt info` shows what is in effect."
     )
+    own = _table(("variable", "default", "accepted", "meaning"), rows)
+    others = _table(("variable", "read by", "meaning"), elsewhere)
+    return f"{_NOTICE}\n# Environment variables\n\n{text}\n\n{own}\n## Read elsewhere\n\n{others}"
 
 
 # ---- parts ----------------------------------------------------------------------------------------------------------
@@ -114,7 +124,9 @@ def _signature(function: Callable[..., Any]) -> str:
         p.replace(annotation=_Plain(p.annotation)) if p.annotation is not p.empty else p
         for p in signature.parameters.values()
     ]
-    return str(signature.replace(parameters=shown, return_annotation=_Plain(signature.return_annotation)))
+    return str(signature.replace(parameters=shown, return_annotation=_Plain(signature.return_annotation))).replace(
+        "'", '"'
+    )
 
 
 class _Plain:
@@ -177,10 +189,10 @@ def _gradients(spec: OpSpec) -> str:
     if not spec.differentiable:
         return "Not differentiable."
     kernels = [f"`{backend}`" for backend in spec.backward_lanes]
-    where = f"kernels on {', '.join(kernels)}; elsewhere" if kernels else "there is no kernel;"
+    where = f"kernels on {', '.join(kernels)}; elsewhere the" if kernels else "there is no kernel; the"
     return (
-        f"Differentiable in every tensor argument, once: {where} the gradient of the reference runs. It is an op of its own, "
-        f"`inpaintrt::{spec.name}_backward`,\nwhich compiles and exports like the op, and runs where the forward call was told to."
+        f"Differentiable once, in every tensor argument: {where} gradient of the reference runs.\nIt is an op of its own, "
+        f"`inpaintrt::{spec.name}_backward`, which compiles and exports like the op, and\nfollows the policy of the forward call."
     )
 
 

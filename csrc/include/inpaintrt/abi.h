@@ -81,6 +81,8 @@ typedef struct irt_status {
   char message[252];
 } irt_status;
 
+/* `call` and `status` are not null; the kernel sets the status in any case. A call of the wrong form (null pointers,
+ * negative counts, unknown kinds, sizes that overflow, arguments an op does not have) is IRT_BAD_ARGUMENT. */
 typedef void (*irt_kernel)(const irt_call* call, irt_status* status);
 
 /* Where and with what a CUDA kernel is launched: computed once, in plain host C++, for the nvcc and the NVRTC path
@@ -100,10 +102,10 @@ typedef void (*irt_planner)(const irt_call* call, irt_plan* plan, irt_status* st
 int irt_abi_version(void);
 const char* irt_cpu_isa(void);       /* the chosen one; NULL when the forced name is unknown or not supported here */
 const char* irt_cpu_isa_error(void); /* why irt_cpu_isa() is NULL; "" otherwise */
-irt_kernel irt_cpu_find(const char* name);
-irt_planner irt_plan_find(const char* name);
-int irt_cpu_count(void); /* of kernels at the chosen ISA, for listings */
-const char* irt_cpu_name(int index);
+irt_kernel irt_cpu_find(const char* name);   /* NULL when there is none */
+irt_planner irt_plan_find(const char* name); /* likewise */
+int irt_cpu_count(void);                     /* of kernels at the chosen ISA, for listings */
+const char* irt_cpu_name(int index);         /* NULL outside [0, count) */
 
 /* The workspace arena shared by all CPU kernels. */
 int64_t irt_arena_bytes(void);           /* held now, in use or kept for reuse */

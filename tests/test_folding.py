@@ -1,0 +1,70 @@
+"""The algebra under the adapters, in float64 against the plain formulation."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from inpaintrt.adapters.folding import (
+    batch_norm_affine,
+    conv2d_few_outputs,
+    conv2d_reflect,
+    is_plain_batch_norm,
+    scale_outputs,
+)
+
+
+def _close(a, b):
+    torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(
+    height=st.integers(2, 20),
+    width=st.integers(2, 20),
+    geometry=st.sampled_from([(3, 1, 1), (3, 2, 1), (5, 1, 2), (5, 2, 2), (7, 1, 3), (7, 2, 3), (1, 1, 0)]),
+    channels_last=st.booleans(),
+)
+def test_reflection_without_a_padded_copy(height, width, geometry, channels_last):
+    kernel, stride, padding = geometry
+    if min(height, width) <= padding:
+        return  # reflection itself is undefined
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    x = torch.randn(2, 3, height, width, dtype=torch.float64).to(memory_format=layout)
+    weight, bias = torch.randn(4, 3, kernel, kernel, dtype=torch.float64), torch.randn(4, dtype=torch.float64)
+    plain = F.conv2d(F.pad(x, (padding,) * 4, mode="reflect"), weight, bias, stride)
+    _close(conv2d_reflect(x, weight, bias, stride=stride, padding=padding), plain)
+
+
+@pytest.mark.parametrize("kernel", [1, 3, 5, 7])
+@pytest.mark.parametrize("bias", [True, False])
+def test_two_by_two_outputs(kernel, bias):
+    x = torch.randn(2, 5, 8, 10, dtype=torch.float64)
+    weight = torch.randn(3, 5, kernel, kernel, dtype=torch.float64)
+    b = torch.randn(3, dtype=torch.float64) if bias else None
+    _close(conv2d_few_outputs(x, weight, b, 1, kernel // 2), F.conv2d(x, weight, b, padding=kernel // 2))
+
+
+def test_two_by_two_refuses_other_geometry():
+    with pytest.raises(ValueError, match="same convolution"):
+        conv2d_few_outputs(torch.ones(1, 1, 4, 4), torch.ones(1, 1, 3, 3), None, 2, 1)
+
+
+@pytest.mark.parametrize("affine", [True, False])
+def test_batch_norm_is_an_affine_map(affine):
+    bn = nn.BatchNorm2d(6, affine=affine).double().eval()
+    with torch.no_grad():
+        for p in (*bn.parameters(), bn.running_mean):
+            p.copy_(torch.randn(6))
+        bn.running_var.copy_(torch.rand(6) + 0.1)
+    scale, shift = batch_norm_affine(bn)
+    x, weight = torch.randn(2, 4, 5, 5, dtype=torch.float64), torch.randn(6, 4, 3, 3, dtype=torch.float64)
+    _close(F.conv2d(x, scale_outputs(weight, scale), shift), bn(F.conv2d(x, weight)))
+    assert is_plain_batch_norm(bn, 6)
+    assert not is_plain_batch_norm(bn, 5)
+    assert not is_plain_batch_norm(nn.BatchNorm2d(6, track_running_stats=False), 6)
+    assert not is_plain_batch_norm(nn.InstanceNorm2d(6), 6)
