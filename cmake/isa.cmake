@@ -5,7 +5,7 @@ set(INPAINTRT_FLAGS_scalar -march=x86-64)
 set(INPAINTRT_FLAGS_avx2 -march=x86-64 -mavx2 -mfma -mf16c)
 set(INPAINTRT_FLAGS_avx512 ${INPAINTRT_FLAGS_avx2} -mavx512f -mavx512bw -mavx512vl -mavx512dq)
 if(CMAKE_CXX_COMPILER_ID STREQUAL "GNU" AND CMAKE_CXX_COMPILER_VERSION VERSION_LESS 13)
-  list(APPEND INPAINTRT_FLAGS_avx512 -Wno-maybe-uninitialized) # false alarms inside GCC 12's own avx512fintrin.h
+  list(APPEND INPAINTRT_FLAGS_avx512 -Wno-uninitialized -Wno-maybe-uninitialized) # false alarms inside GCC 12's own avx512fintrin.h
 endif()
 
 function(add_cpu_library name ops)

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from .diagnostics import info
     from .models import load
     from .report import Report
-    from .runtime.errors import InpaintRTError, UnsupportedError, VerificationError, WeightsError
+    from .runtime.errors import InpaintRTError, UnsupportedError, WeightsError
     from .runtime.native import empty_cache
     from .runtime.policy import use_backend
     from .runtime.swap import disabled
@@ -29,12 +29,12 @@ _HOME = {
     "accelerate": "acceleration", "explain": "acceleration", "refresh": "acceleration", "restore": "acceleration",
     "verify": "acceleration", "info": "diagnostics", "load": "models", "Report": "report", "empty_cache": "runtime.native",
     "use_backend": "runtime.policy", "disabled": "runtime.swap", "InpaintRTError": "runtime.errors",
-    "UnsupportedError": "runtime.errors", "VerificationError": "runtime.errors", "WeightsError": "runtime.errors",
+    "UnsupportedError": "runtime.errors", "WeightsError": "runtime.errors",
 }  # fmt: skip
 _SUBMODULES = ("adapters", "models", "ops", "testing")
 
 __all__ = [
-    "InpaintRTError", "Report", "UnsupportedError", "VerificationError", "WeightsError", "__version__", "accelerate",
+    "InpaintRTError", "Report", "UnsupportedError", "WeightsError", "__version__", "accelerate",
     "disabled", "empty_cache", "explain", "info", "load", "models", "ops", "refresh", "restore", "use_backend", "verify",
 ]  # fmt: skip
 

@@ -64,7 +64,8 @@ def accelerate(
     Args:
         model: any module; containers are swapped where recognised, else what they contain.
         backend: "auto", or a backend that every op inside must use (`UnsupportedError` on the call where it cannot).
-        precision: "fp32" (torch's own switches decide about TF32), "ieee" (no TF32, no Winograd beyond F(2×2)), "bf16"
+        precision: "fp32" (torch's own switches decide about TF32), "ieee" (no TF32: where torch's switches allow it, the
+            original forward runs; no Winograd beyond F(2×2)), "bf16"
             (convolutions in bfloat16, spectra in float32), "fp16" where a model survives it (LaMa does not: its spectra
             overflow, so it is refused).
         only, skip: module paths or adapter names, with shell wildcards ("model.*", "lama.*").
@@ -182,7 +183,9 @@ def explain(model: nn.Module, *example: Any) -> Report:
     covered = {id(p) for m in model.modules() if record_of(m) for p in m.parameters()}
     total = sum(p.numel() for p in model.parameters())
     share = sum(p.numel() for p in model.parameters() if id(p) in covered) / total if total else 0.0
-    notes = [f"{fast} modules accelerated; they hold {share:.1%} of the parameters."]
+    notes = [f"{fast} module{'' if fast == 1 else 's'} accelerated, with {share:.1%} of the parameters."]
+    forced = {r.backend for m in model.modules() if (r := record_of(m)) and r.backend != "auto" and not r.adapter.ops}
+    notes += [f"backend={name!r} chooses among kernels of ops; these modules use torch's own only." for name in sorted(forced)]
     if not rows:
         notes.append(f"No module was recognised. Families known: {', '.join(sorted({a.name for a in ADAPTERS}))}.")
     return Report(

@@ -84,7 +84,7 @@ def test_explain(model, x):
     report = irt.explain(model, x)
     assert [row["adapter"] for row in report.rows] == ["lama.generator"]
     assert report.rows[0]["why not"] is None
-    assert "100.0%" in report.notes[0]
+    assert report.notes == ("1 module accelerated, with 100.0% of the parameters.",)
     assert json.loads(report.to_json())["rows"][0]["module"] == "model"
     assert report.to_markdown().count("|") > 8
     assert "lama.generator" in str(report)

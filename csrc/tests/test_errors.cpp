@@ -66,8 +66,8 @@ std::vector<Fault> faults() {
   add("negative number of arguments", [](Subject& s) { s.call.nargs = -1; });
   add("most negative number of arguments", [](Subject& s) { s.call.nargs = INT_MIN; });
   add("null arguments", [](Subject& s) { s.call.args = nullptr; });
-  add("an argument short", [](Subject& s) { --s.call.nargs; });
-  add("an argument more", [](Subject& s) { ++s.call.nargs; });
+  add("an argument short", [](Subject& s) { s.call.nargs = s.backward ? 5 : 3; });
+  add("an argument more", [](Subject& s) { s.call.nargs = s.backward ? 7 : 5; });
   add("no outputs", [](Subject& s) { s.call.nouts = 0; });
   add("negative number of outputs", [](Subject& s) { s.call.nouts = -1; });
   add("null outputs", [](Subject& s) { s.call.outs = nullptr; });

@@ -29,10 +29,6 @@ class KernelError(InpaintRTError):
     """A kernel failed after its backend had accepted the call. The original exception is the cause."""
 
 
-class VerificationError(InpaintRTError):
-    """Accelerated and original output differ by more than the tolerance rule allows."""
-
-
 class WeightsError(InpaintRTError):
     """A weights file is missing, damaged, or holds another network than the one asked for."""
 

@@ -111,7 +111,16 @@ def why_original(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
         if child is not module and (child._forward_hooks or child._forward_pre_hooks or child._backward_hooks):
             return f"a hook sits on a child that the fused forward bypasses ({type(child).__name__})"
     record: Record = module.__dict__[_RECORD]
+    if record.precision == "ieee" and _tf32_allowed(args):
+        return "precision='ieee', but torch's switches allow TF32 on this device, and they are not ours to change"
     return next(record.adapter.refuses(module, *args), "")
+
+
+def _tf32_allowed(args: tuple[Any, ...]) -> bool:
+    """Whether torch may round the inputs of this call's convolutions or products to TF32."""
+    if not any(t.is_cuda for t in _tensors(args)):
+        return False
+    return "tf32" in (torch.backends.cudnn.conv.fp32_precision, torch.backends.cuda.matmul.fp32_precision)
 
 
 def _run(module: Any, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
