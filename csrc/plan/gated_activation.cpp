@@ -25,11 +25,11 @@ void planned(const irt_call& call, irt_plan& plan, irt_status& status, bool alwa
   const irt_view* y = tensor_arg(call, 0, status);
   if (!y) return;
   Act act;
-  if (call.nargs != 4 || call.nouts != 1 || call.args[1].kind != IRT_STRING || !is_number_or_none(call.args[2]) ||
-      !is_number_or_none(call.args[3])) {
+  const bool formed = call.nargs == 4 && call.nouts == 1 && call.args[1].kind == IRT_STRING &&
+                      is_number_or_none(call.args[2]) && is_number_or_none(call.args[3]);
+  if (!formed || !parse_activation(call.args[1].s, act)) {
     return fail(status, IRT_BAD_ARGUMENT, "expected (y, activation, alpha, gain) and one output");
   }
-  if (!parse_activation(call.args[1].s, act)) return fail(status, IRT_BAD_ARGUMENT, "unknown activation");
   const irt_view& out = call.outs[0];
   bool fits = y->ndim == 4 && out.ndim == 4 && y->dtype == out.dtype && y->sizes[1] == 2 * out.sizes[1];
   fits = fits && y->sizes[0] == out.sizes[0] && y->sizes[2] == out.sizes[2] && y->sizes[3] == out.sizes[3];
