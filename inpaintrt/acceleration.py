@@ -185,7 +185,9 @@ def explain(model: nn.Module, *example: Any) -> Report:
     share = sum(p.numel() for p in model.parameters() if id(p) in covered) / total if total else 0.0
     notes = [f"{fast} module{'' if fast == 1 else 's'} accelerated, with {share:.1%} of the parameters."]
     forced = {r.backend for m in model.modules() if (r := record_of(m)) and r.backend != "auto" and not r.adapter.ops}
-    notes += [f"backend={name!r} chooses among kernels of ops; these modules use torch's own only." for name in sorted(forced)]
+    notes += [
+        f"backend={name!r} chooses among kernels of ops; these modules use torch's own only." for name in sorted(forced)
+    ]
     if not rows:
         notes.append(f"No module was recognised. Families known: {', '.join(sorted({a.name for a in ADAPTERS}))}.")
     return Report(
