@@ -120,7 +120,8 @@ def _tf32_allowed(args: tuple[Any, ...]) -> bool:
     """Whether torch may round the inputs of this call's convolutions or products to TF32."""
     if not any(t.is_cuda for t in _tensors(args)):
         return False
-    return "tf32" in (torch.backends.cudnn.conv.fp32_precision, torch.backends.cuda.matmul.fp32_precision)
+    cudnn: Any = torch.backends.cudnn  # its `conv` is made at run time
+    return "tf32" in (cudnn.conv.fp32_precision, torch.backends.cuda.matmul.fp32_precision)
 
 
 def _run(module: Any, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
