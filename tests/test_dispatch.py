@@ -175,6 +175,21 @@ def test_the_native_call_checks_for_itself():
     assert native.library().cpu_kernel("no_such_op") is None
 
 
+def test_out_of_memory_keeps_its_type(monkeypatch):
+    """A server catches `torch.OutOfMemoryError` to shrink its batch; the context comes as a note."""
+
+    def full(args, outs):
+        raise torch.OutOfMemoryError("no memory")
+
+    dispatcher = dispatchers["gated_activation"]
+    dispatcher.clear()
+    monkeypatch.setattr("inpaintrt.backends.cpu.launcher", lambda op: full)
+    with pytest.raises(torch.OutOfMemoryError) as raised:
+        ops.gated_activation(Y)
+    assert "in gated_activation on cpu, for (1, 2, 2, 2) float32" in raised.value.__notes__[0]
+    dispatcher.clear()
+
+
 # ---- settings -------------------------------------------------------------------------------------------------------
 
 

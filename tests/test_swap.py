@@ -222,7 +222,7 @@ def test_trace_compile_and_export(model, x):
     traced = torch.jit.trace(model, x)
     torch.testing.assert_close(traced(x), expected)
     torch._dynamo.reset()
-    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend="eager")
+    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend="aot_eager")
     for size in ((24, 32), (40, 16), (16, 48)):
         y = torch.rand(1, 4, *size)
         with torch.no_grad():

@@ -68,10 +68,12 @@ class Dispatcher:
                     self._observe(candidate.backend, args)
                 try:
                     candidate.launch(args, outs)
+                except (MemoryError, torch.OutOfMemoryError) as error:  # callers catch these by type
+                    error.add_note(f"in {self.name} on {candidate.backend}, for {describe(args)}")
+                    raise
                 except Exception as error:
-                    raise KernelError(
-                        f"{self.name} on {candidate.backend} failed for {describe(args)}: {error}"
-                    ) from error
+                    call = f"{self.name} on {candidate.backend} failed for {describe(args)}"
+                    raise KernelError(f"{call}: {error}") from error
                 return outs
         return self._fall_back(chosen, args, key, outs)
 

@@ -108,7 +108,9 @@ def why_original(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     for child in module.modules():
         if child.training:
             return "the module is in training mode"
-        if child is not module and (child._forward_hooks or child._forward_pre_hooks or child._backward_hooks):
+        if child is not module and (
+            child._forward_hooks or child._forward_pre_hooks or child._backward_hooks or child._backward_pre_hooks
+        ):
             return f"a hook sits on a child that the fused forward bypasses ({type(child).__name__})"
     record: Record = module.__dict__[_RECORD]
     if record.precision == "ieee" and _tf32_allowed(args):

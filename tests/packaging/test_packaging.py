@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import pathlib
+import shutil
 import statistics
 import subprocess
 import sys
@@ -117,11 +118,13 @@ def clean(folder):
     return folder / "venv" / "bin" / "python", site
 
 
-def _unpack(wheel, site):
-    import shutil
-
+def _unpack_nothing(site):
     for old in (site / "inpaintrt", *site.glob("inpaintrt-*")):
         shutil.rmtree(old, ignore_errors=True)
+
+
+def _unpack(wheel, site):
+    _unpack_nothing(site)
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(site)
 
@@ -151,6 +154,22 @@ def test_pure_wheel_in_a_clean_environment(pure_wheel, clean):
     python, site = clean
     _unpack(pure_wheel, site)
     assert _run(python, "-P", "-c", CODE, env={"PYTHONNOUSERSITE": "1"}).split() == ["reference", "True"]
+
+
+def test_editable_installation(source, clean):
+    """Python edits are live, the native library is built, and `inpaintrt.kernels` is the folder `kernels`."""
+    python, site = clean
+    _unpack_nothing(site)
+    _run(
+        sys.executable, "-m", "pip", "--python", python, "install", "--quiet", "--no-deps", "--no-build-isolation",
+        "-e", source, env={"PATH": f"{pathlib.Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"},
+    )  # fmt: skip
+    assert _run(python, "-P", "-c", CODE).split() == ["cpu", "True"]
+    where = "import inpaintrt, inpaintrt.kernels as k; print(inpaintrt.__file__, k.__file__)"
+    package, kernels = _run(python, "-P", "-c", where).split()
+    assert pathlib.Path(package) == source / "inpaintrt" / "__init__.py"
+    assert pathlib.Path(kernels) == source / "kernels" / "__init__.py"
+    _run(sys.executable, "-m", "pip", "--python", python, "uninstall", "--quiet", "-y", "inpaintrt")
 
 
 def test_import_is_cheap_and_touches_nothing(native_wheel, clean, tmp_path):
