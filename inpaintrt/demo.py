@@ -17,6 +17,7 @@ import inpaintrt as irt
 
 from . import images, pipeline
 from .report import Report
+from .runtime.errors import ImageError
 
 PICTURE = "inpaintrt-demo.png"
 _HOLE_COLOUR = (255, 0, 255)
@@ -45,7 +46,10 @@ def run(folder: str | os.PathLike[str] = ".", *, backend: str = "auto", say: Cal
     Returns: whether the accelerated model was verified.
     """
     target = Path(folder) / PICTURE
-    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ImageError(f"{target.parent}: the folder cannot be made ({error.strerror})") from None
     images.check_target(target, overwrite=True)
     photo, mask = photo_and_mask()
     width, height = photo.size

@@ -471,16 +471,17 @@ def test_the_photo_of_the_demo_and_its_hole() -> None:
     assert float((x[:, :3] * x[:, 3:]).abs().max()) == 0
 
 
-def test_the_demo_into_a_missing_folder(tmp_path: Path, capsys: Any) -> None:
-    assert run("demo", "-o", tmp_path / "nowhere") == 2
-    assert "does not exist" in error(capsys)
+def test_the_demo_where_no_folder_can_be(tmp_path: Path, capsys: Any) -> None:
+    (tmp_path / "file").write_text("in the way")
+    assert run("demo", "-o", tmp_path / "file") == 2
+    assert "the folder cannot be made" in error(capsys)
 
 
 # The program
 
 
 def test_the_program_in_a_process(pair: tuple[Path, Path], tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "inpaintrt", "fill", *map(str, pair), "-o", str(tmp_path / "out.png")]
+    command = [sys.executable, "-P", "-m", "inpaintrt", "fill", *map(str, pair), "-o", str(tmp_path / "out.png")]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert pixels(tmp_path / "out.png").shape == (20, 30, 3)
@@ -492,7 +493,7 @@ def test_the_program_in_a_process(pair: tuple[Path, Path], tmp_path: Path) -> No
 
 def test_explain_in_a_fresh_process() -> None:
     # In a process of its own, since `explain` used before `accelerate` once found a module of that name.
-    command = [sys.executable, "-m", "inpaintrt", "explain", "--size", "32x48"]
+    command = [sys.executable, "-P", "-m", "inpaintrt", "explain", "--size", "32x48"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
 
@@ -508,4 +509,4 @@ def test_help_and_version(capsys: Any) -> None:
 
 def test_importing_the_package_and_the_command_line_does_not_import_pillow() -> None:
     program = "import sys, inpaintrt, inpaintrt.cli, inpaintrt.pipeline; sys.exit('PIL' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
+    assert subprocess.run([sys.executable, "-P", "-c", program], check=False).returncode == 0

@@ -237,7 +237,7 @@ def test_import_is_light() -> None:
         print(sorted(heavy & {*sys.modules} - before), torch.cuda.is_initialized())
     """
     for how in ("import", "use"):
-        command = [sys.executable, "-c", textwrap.dedent(program), how]
+        command = [sys.executable, "-P", "-c", textwrap.dedent(program), how]
         assert subprocess.run(command, check=True, capture_output=True, text=True).stdout == "[] False\n", how
 
 

@@ -519,7 +519,7 @@ def test_a_killed_write_leaves_the_old_file(tmp_path: Path) -> None:
         Image.Image.save = killed
         images.write_photo("b.png", photo, photo.rgb, photo.rgb[..., 0] > 9, overwrite=True)
     """
-    done = subprocess.run([sys.executable, "-c", textwrap.dedent(program)], cwd=tmp_path, check=False)
+    done = subprocess.run([sys.executable, "-P", "-c", textwrap.dedent(program)], cwd=tmp_path, check=False)
     assert done.returncode == -9
     assert (tmp_path / "b.png").read_bytes() == b"old"
 
