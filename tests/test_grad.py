@@ -91,6 +91,19 @@ def test_no_gradient_recorded_without_need():
         assert not ops.gated_activation(torch.randn(1, 2, 2, 2, requires_grad=True)).requires_grad
 
 
+@pytest.mark.parametrize("name", DIFFERENTIABLE)
+def test_second_derivatives(name):
+    """Gradient penalties differentiate twice: the reference's gradient stands in, since kernels have none of their own."""
+    spec = registry.get(name)
+    for sample in list(spec.samples("smoke"))[:1]:
+        tensors = {n: t.requires_grad_() for n, t in _tensors(sample).items()}
+
+        def call(*values, sample=sample, tensors=tensors):
+            return getattr(ops, name)(**dict(zip(tensors, values, strict=True)), **sample.kwargs)
+
+        assert torch.autograd.gradgradcheck(call, list(tensors.values()))
+
+
 def test_gradient_at_nan_is_torchs():
     y = torch.tensor([[torch.nan, -1.0, 2.0, 0.0] * 5, [1.0, -1.0, 0.5, 2.0] * 5]).view(1, 2, 4, 5).requires_grad_()
     for activation in ("relu", "leaky_relu", "silu", "tanh"):

@@ -48,7 +48,7 @@ def register(spec: OpSpec) -> Callable[..., Any]:
         run = _with_signature(signature, lambda args: result(forward(args, args[lists[0]][0])))
     op = _define(spec.name, signature, run, _with_signature(signature, lambda args: result(spec.out(*args))))
     if spec.differentiable:
-        gradient = _gradient(op, _register_backward(spec, signature, tensors), tensors)
+        gradient = _gradient(spec, op, _register_backward(spec, signature, tensors), tensors)
 
         def with_gradient(args: Args) -> Any:
             if torch.is_grad_enabled() and any(args[i] is not None and args[i].requires_grad for i in tensors):
@@ -78,7 +78,9 @@ def _define(
     return getattr(torch.ops.inpaintrt, name).default  # type: ignore[no-any-return]
 
 
-def _gradient(op: Callable[..., Any], backward_op: Callable[..., Any], tensors: list[int]) -> Callable[..., Any]:
+def _gradient(
+    spec: OpSpec, op: Callable[..., Any], backward_op: Callable[..., Any], tensors: list[int]
+) -> Callable[..., Any]:
     """The op as a differentiable function of its arguments in schema order."""
 
     class Gradient(torch.autograd.Function):
@@ -97,11 +99,16 @@ def _gradient(op: Callable[..., Any], backward_op: Callable[..., Any], tensors: 
             for i, tensor in zip(ctx.where, ctx.saved_tensors, strict=True):
                 args[i] = tensor
             needs = [ctx.needs_input_grad[i] for i in tensors]
-            token = policy.set(ctx.policy)
-            try:
-                found = iter(backward_op(list(grads), *args, needs))
-            finally:
-                policy.reset(token)
+            if torch.is_grad_enabled():  # create_graph=True: what is differentiated again is the reference's gradient
+                leaves = [args[i] for i, needed in zip(tensors, needs, strict=True) if needed]
+                outputs = as_outputs(spec.run_reference(*args))
+                found = iter(torch.autograd.grad(outputs, leaves, grads, create_graph=True, materialize_grads=True))
+            else:
+                token = policy.set(ctx.policy)
+                try:
+                    found = iter(backward_op(list(grads), *args, needs))
+                finally:
+                    policy.reset(token)
             full: list[Tensor | None] = [None] * len(args)
             for i, needed in zip(tensors, needs, strict=True):
                 if needed:
