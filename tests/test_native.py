@@ -121,5 +121,5 @@ def test_a_child_of_fork_runs_kernels():
             os._exit(0 if (ops.gated_activation(y).numpy() == want).all() else 1)  # torch.equal would hang
         print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
     """
-    command = [sys.executable, "-W", "ignore", "-c", textwrap.dedent(program)]
+    command = [sys.executable, "-P", "-W", "ignore", "-c", textwrap.dedent(program)]
     assert subprocess.run(command, check=True, capture_output=True, text=True).stdout == "0\n"
