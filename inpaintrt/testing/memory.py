@@ -124,7 +124,9 @@ def _run(function: Callable[..., Any], args: tuple[object, ...], tail: str, time
             f"print({_MARK!r} + json.dumps(result))",
         ]
     )
-    done = subprocess.run([sys.executable, "-P", "-c", program], capture_output=True, text=True, timeout=timeout, check=False)
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", program], capture_output=True, text=True, timeout=timeout, check=False
+    )
     if done.returncode:
         raise RuntimeError(f"{function.__name__}{args} failed in a fresh process:\n{done.stderr[-2000:]}")
     line = next(line for line in reversed(done.stdout.splitlines()) if line.startswith(_MARK))
