@@ -1,7 +1,7 @@
 """Algebra that adapters share: batch norm into convolution weights, reflection without padded copies.
 
-Folded weights are made on each call, in the graph. That costs one pass over the weights (under 2 % of a forward at the
-sizes people use), needs no second copy of the model, can never be stale, and is differentiable and exportable as it is.
+Folded weights are made on each call, in the graph. That costs one pass over the weights, needs no second copy of the
+model, can never be stale, and is differentiable and exportable as it is.
 """
 
 from __future__ import annotations
