@@ -14,7 +14,8 @@ from inpaintrt.runtime.spec import as_outputs
 
 
 def _dense(spec, sample, layout, requires_grad):
-    tensors = {n: torch.randn(s).to(memory_format=layout) for n, s in sample.shapes.items()}
+    tensors = {n: torch.randn(s) for n, s in sample.shapes.items()}
+    tensors = {n: t.to(memory_format=layout) if t.dim() == 4 else t for n, t in tensors.items()}
     return spec.bind(**{n: t.requires_grad_(requires_grad) for n, t in tensors.items()}, **sample.kwargs)
 
 
