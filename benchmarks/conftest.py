@@ -6,14 +6,13 @@ them interleaved, hands the subject's times to pytest-benchmark and the rest (ra
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import datetime
 import importlib.util
 import math
 import subprocess
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -23,7 +22,7 @@ import torch
 from torch import Tensor
 
 from inpaintrt.runtime import dispatch
-from inpaintrt.runtime.spec import Cost, as_outputs
+from inpaintrt.runtime.spec import Cost, Numerics, as_outputs
 from inpaintrt.testing import close_to_truth, machine
 from inpaintrt.testing.timing import compare, interleave, summary
 
@@ -153,14 +152,15 @@ class Versus:
             rounds: of four calls per pair of candidates; None = what BUDGET allows.
             device, dtype, shape, info: of the case, for the table and the result file.
         """
-        results = {}
+        results, ours = {}, {}
         for name, call in candidates.items():
-            with _listening() as heard:
+            with dispatch.launches() as heard:
                 results[name] = call()
+            ours[name] = dispatch.numerics_of(heard)
             if name == subject:
-                ran = heard
+                ran = _counts(heard)
         if check:
-            self._check(results, baseline, subject, truth)
+            self._check(results, ours, baseline, subject, truth)
         del results
         if self.smoke:
             self.skip_timing()
@@ -231,7 +231,14 @@ class Versus:
         self._compile_seconds[name] = time.perf_counter() - start
         return lambda: fast(*args)
 
-    def _check(self, results: Mapping[str, Any], baseline: str, subject: str, truth: Candidate | None) -> None:
+    def _check(
+        self,
+        results: Mapping[str, Any],
+        ours: Mapping[str, Numerics],
+        baseline: str,
+        subject: str,
+        truth: Candidate | None,
+    ) -> None:
         expected = as_outputs(results[baseline])
         exact = None if truth is None else as_outputs(truth())
         for name, result in results.items():
@@ -242,8 +249,8 @@ class Versus:
                     error = _relative_rms(actual, expected[i])
                     assert error <= END_TO_END, f"{name} differs from {baseline} by {error:.2g} (relative RMS)"
                 else:
-                    factor = 2.0 if name.startswith(subject) else SAME_THING
-                    verdict = close_to_truth(actual, exact[i], expected[i], factor=factor)
+                    numerics = ours[name] if name.startswith(subject) else Numerics(SAME_THING, SAME_THING)
+                    verdict = close_to_truth(actual, exact[i], expected[i], numerics=numerics)
                     assert verdict.ok, f"{name}: {verdict.message}"
 
 
@@ -252,20 +259,13 @@ def _affordable(candidates: Mapping[str, Candidate], device: torch.device | None
     return max(MIN_ROUNDS, min(MAX_ROUNDS, math.floor(BUDGET / sum(map(sum, once.values())))))
 
 
-@contextlib.contextmanager
-def _listening() -> Iterator[dict[str, dict[str, int]]]:
-    """How many times each backend ran each op meanwhile: {op: {backend: launches}}."""
-    heard: dict[str, dict[str, int]] = {}
-
-    def observe(op: str, backend: str, args: Any) -> None:
-        counts = heard.setdefault(op, {})
-        counts[backend] = counts.get(backend, 0) + 1
-
-    dispatch.observers.append(observe)
-    try:
-        yield heard
-    finally:
-        dispatch.observers.remove(observe)
+def _counts(heard: Sequence[dispatch.Launch]) -> dict[str, dict[str, int]]:
+    """How many times each backend ran each op: {op: {backend: launches}}."""
+    counts: dict[str, dict[str, int]] = {}
+    for launch in heard:
+        of_op = counts.setdefault(launch.op, {})
+        of_op[launch.backend] = of_op.get(launch.backend, 0) + 1
+    return counts
 
 
 def _relative_rms(actual: Tensor, expected: Tensor) -> float:

@@ -13,7 +13,7 @@ from inpaintrt import ops, use_backend
 from inpaintrt.runtime import dispatch, registry
 from inpaintrt.runtime.errors import UnsupportedError
 from inpaintrt.runtime.library import dispatchers
-from inpaintrt.runtime.spec import FLOATS, as_outputs
+from inpaintrt.runtime.spec import DIRECT, FLOATS, WINOGRAD, as_outputs
 from inpaintrt.testing import assert_close_to_truth
 from inpaintrt.testing.layouts import LAYOUTS
 
@@ -108,7 +108,8 @@ def check(name, backend, sample, dtype, layout, device):
     truth = as_outputs(spec.run_reference(*(a.double() if isinstance(a, torch.Tensor) else a for a in args)))
     fake = spec.out(*(a.to("meta") if isinstance(a, torch.Tensor) else a for a in args))
     for got, again, exact, base, shape in zip(first, second, truth, baseline, fake, strict=True):
-        assert_close_to_truth(got, exact, base, context=_id(name, backend, dtype, sample, layout))
+        numerics = spec.lanes[backend].numerics(*args) if backend in spec.lanes else DIRECT
+        assert_close_to_truth(got, exact, base, numerics=numerics, context=_id(name, backend, dtype, sample, layout))
         assert (got.shape, got.dtype, got.stride()) == (shape.shape, shape.dtype, shape.stride())
         assert torch.equal(got, again), "two runs differ"
     for kept, tensor in zip(before, tensors.values(), strict=True):
@@ -120,6 +121,9 @@ def test_result_does_not_depend_on_threads(name):
     spec = registry.get(name)
     for sample in spec.samples("full"):
         tensors, _ = _arguments(spec, sample, torch.float32, "contiguous", "cpu")
+        _, args = _arguments(spec, sample, torch.float32, "contiguous", "cpu")
+        if dispatchers[name].reasons(args, args[0])["cpu"]:
+            continue  # torch computes it, which makes no such promise
         results = []
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
@@ -143,6 +147,10 @@ def test_non_finite_values_are_where_the_reference_has_them(name):
         for got, base in zip(
             as_outputs(_public(spec)(**tensors, **sample.kwargs)), as_outputs(spec.run_reference(*args)), strict=True
         ):
+            on_cpu = "cpu" in spec.lanes and not dispatchers[name].reasons(args, args[0])["cpu"]
+            if on_cpu and spec.lanes["cpu"].numerics(*args) == WINOGRAD:
+                assert bool(got.isnan()[base.isnan()].all()), f"{sample.id}: a NaN was lost"
+                continue  # one more may appear: all outputs of a tile share its inputs
             assert torch.equal(got.isnan(), base.isnan()), sample.id
             finite = ~base.isnan()
             torch.testing.assert_close(got[finite], base[finite], rtol=1e-5, atol=1e-6)

@@ -33,6 +33,25 @@ static inline Vec activate(Vec x, Vec alpha) {
   return x;
 }
 
+template <Act act>
+struct ActConstant {
+  static constexpr Act value = act;
+};
+
+// visit(ActConstant<act>()), so that loops are compiled for one activation.
+template <class Visit>
+static inline void with_activation(Act act, const Visit& visit) {
+  switch (act) {
+    case Act::none: return visit(ActConstant<Act::none>());
+    case Act::relu: return visit(ActConstant<Act::relu>());
+    case Act::leaky_relu: return visit(ActConstant<Act::leaky_relu>());
+    case Act::elu: return visit(ActConstant<Act::elu>());
+    case Act::silu: return visit(ActConstant<Act::silu>());
+    case Act::sigmoid: return visit(ActConstant<Act::sigmoid>());
+    case Act::tanh: return visit(ActConstant<Act::tanh>());
+  }
+}
+
 // act'(x), given also a = act(x). At 0 and NaN it is what torch takes: at 0 that of the negative side.
 template <Act act>
 static inline Vec activation_slope(Vec x, Vec a, Vec alpha) {

@@ -219,6 +219,61 @@ static inline void store(bf16* p, Vec x) { from_float(x.v, *p); }
 
 #endif
 
+// kWidth vectors as a square matrix, transposed in place: how channels that lie apart become the lanes of a vector.
+#if defined(__AVX512F__)
+static inline void transpose(Vec (&rows)[16]) {
+  __m512 t[16], u[16];
+#pragma GCC unroll 8
+  for (int i = 0; i < 16; i += 2) {
+    t[i] = _mm512_unpacklo_ps(rows[i].v, rows[i + 1].v);
+    t[i + 1] = _mm512_unpackhi_ps(rows[i].v, rows[i + 1].v);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 16; i += 4) {  // 128-bit lane L of u[i + c] then holds column 4L + c of rows i to i + 3
+    for (int k = 0; k < 2; ++k) {
+      const __m512d low = _mm512_castps_pd(t[i + k]), high = _mm512_castps_pd(t[i + 2 + k]);
+      u[i + 2 * k] = _mm512_castpd_ps(_mm512_unpacklo_pd(low, high));
+      u[i + 2 * k + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(low, high));
+    }
+  }
+#pragma GCC unroll 4
+  for (int c = 0; c < 4; ++c) {  // gather the lanes of the four groups of rows
+    const __m512 even_low = _mm512_shuffle_f32x4(u[c], u[4 + c], 0x88);
+    const __m512 odd_low = _mm512_shuffle_f32x4(u[c], u[4 + c], 0xdd);
+    const __m512 even_high = _mm512_shuffle_f32x4(u[8 + c], u[12 + c], 0x88);
+    const __m512 odd_high = _mm512_shuffle_f32x4(u[8 + c], u[12 + c], 0xdd);
+    rows[c] = _mm512_shuffle_f32x4(even_low, even_high, 0x88);
+    rows[4 + c] = _mm512_shuffle_f32x4(odd_low, odd_high, 0x88);
+    rows[8 + c] = _mm512_shuffle_f32x4(even_low, even_high, 0xdd);
+    rows[12 + c] = _mm512_shuffle_f32x4(odd_low, odd_high, 0xdd);
+  }
+}
+#elif defined(__AVX2__)
+static inline void transpose(Vec (&rows)[8]) {
+  __m256 t[8], u[8];
+#pragma GCC unroll 4
+  for (int i = 0; i < 8; i += 2) {
+    t[i] = _mm256_unpacklo_ps(rows[i].v, rows[i + 1].v);
+    t[i + 1] = _mm256_unpackhi_ps(rows[i].v, rows[i + 1].v);
+  }
+#pragma GCC unroll 2
+  for (int i = 0; i < 8; i += 4) {  // 128-bit lane L of u[i + c] then holds column 4L + c of rows i to i + 3
+    for (int k = 0; k < 2; ++k) {
+      const __m256d low = _mm256_castps_pd(t[i + k]), high = _mm256_castps_pd(t[i + 2 + k]);
+      u[i + 2 * k] = _mm256_castpd_ps(_mm256_unpacklo_pd(low, high));
+      u[i + 2 * k + 1] = _mm256_castpd_ps(_mm256_unpackhi_pd(low, high));
+    }
+  }
+#pragma GCC unroll 4
+  for (int c = 0; c < 4; ++c) {
+    rows[c] = _mm256_permute2f128_ps(u[c], u[4 + c], 0x20);
+    rows[4 + c] = _mm256_permute2f128_ps(u[c], u[4 + c], 0x31);
+  }
+}
+#else
+static inline void transpose(Vec (&)[1]) {}
+#endif
+
 // The first n (<= kWidth) lanes; the rest is zero. Strided forms serve layouts whose inner dimension is not contiguous.
 template <class T>
 static inline Vec load_some(const T* p, int64_t n, int64_t stride = 1) {

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 ACTIVATIONS = ("none", "relu", "leaky_relu", "elu", "silu", "sigmoid", "tanh")
+PADDING_MODES = ("zeros", "reflect", "replicate")
 DEFAULT_ALPHA = {"leaky_relu": 0.2, "elu": 1.0}
 
 
@@ -40,3 +41,33 @@ def memory_format(x: Tensor) -> torch.memory_format:
     if not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last):
         return torch.channels_last
     return torch.contiguous_format
+
+
+def pad_sides(
+    padding: int | Sequence[int] | str,
+    size: Sequence[int],
+    kernel: Sequence[int],
+    stride: int,
+    dilation: int,
+    transposed: bool = False,
+) -> list[int]:
+    """A convolution's `padding` as [top, left, bottom, right].
+
+    Numbers: all sides, (vertical, horizontal), or all four. "same" is torch's (stride 1; the larger half last),
+    "tf_same" TensorFlow's (output size ⌈size/stride⌉).
+
+    Raises: `ValueError` for other words, negative numbers, or "same" with a stride.
+    """
+    if isinstance(padding, str):
+        if padding not in ("same", "tf_same") or transposed or (padding == "same" and stride != 1):
+            raise ValueError(
+                f"padding is {padding!r} with stride {stride}{', transposed' if transposed else ''}; accepted: numbers, "
+                '"same" (stride 1), "tf_same"'
+            )
+        reach = [dilation * (k - 1) for k in kernel]
+        both = [max((-(-n // stride) - 1) * stride + r + 1 - n, 0) for n, r in zip(size, reach, strict=True)]
+        return [both[0] // 2, both[1] // 2, both[0] - both[0] // 2, both[1] - both[1] // 2]
+    sides = [padding] * 4 if isinstance(padding, int) else list(padding) * (4 // max(1, len(padding)))
+    if len(sides) != 4 or min(sides) < 0:
+        raise ValueError(f"padding is {padding}; accepted: one number, two or four, none negative")
+    return sides

@@ -7,19 +7,21 @@ propagates: nothing is retried on another backend.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from . import registry
 from .errors import KernelError, UnsupportedError
-from .policy import Policy, policy, requested
+from .policy import Policy, ieee, policy, requested
 from .settings import settings
-from .spec import Args, Lane, Outputs, as_outputs
+from .spec import DIRECT, Args, Lane, Numerics, Outputs, as_outputs
 
 log = logging.getLogger("inpaintrt")
 
@@ -29,9 +31,39 @@ observers: list[Observer] = []
 
 
 @dataclass(frozen=True)
+class Launch:
+    op: str
+    backend: str
+    numerics: Numerics
+
+
+@contextlib.contextmanager
+def launches() -> Iterator[list[Launch]]:
+    """What is launched within this context, in order."""
+    heard: list[Launch] = []
+
+    def listen(op: str, backend: str, args: Args) -> None:
+        lane = registry.get(op).lanes.get(backend) if op in registry.names() else None
+        heard.append(Launch(op, backend, DIRECT if lane is None else lane.numerics(*args)))
+
+    observers.append(listen)
+    try:
+        yield heard
+    finally:
+        observers.remove(listen)
+
+
+def numerics_of(heard: Iterable[Launch]) -> Numerics:
+    """What may be asked of a result that these launches made: the widest of their bounds."""
+    found = [launch.numerics for launch in heard] or [DIRECT]
+    return Numerics(max(n.rms for n in found), max(n.max for n in found))
+
+
+@dataclass(frozen=True)
 class Candidate:
     backend: str
     refuses: Callable[..., Iterator[str]] | None
+    numerics: Callable[..., Numerics]
     launch: Callable[[Args, Outputs], None]
 
 
@@ -63,7 +95,7 @@ class Dispatcher:
         if candidates is None:
             candidates = self._cache[lookup] = tuple(self._candidates(*lookup))
         for candidate in candidates:
-            if candidate.refuses is None or next(candidate.refuses(*args), None) is None:
+            if next(_refusals(candidate, args), None) is None:
                 if observers:
                     self._observe(candidate.backend, args)
                 try:
@@ -82,8 +114,8 @@ class Dispatcher:
         result = {}
         for backend, lane in self.lanes.items():
             sentences = self._static(backend, lane, key.dtype, key.device)
-            if not sentences and lane.refuses is not None:
-                sentences = list(lane.refuses(*args))
+            if not sentences:
+                sentences = list(_refusals(lane, args))
             result[backend] = sentences
         return result
 
@@ -95,7 +127,7 @@ class Dispatcher:
     def _candidates(self, chosen: str, dtype: torch.dtype, device: torch.device) -> Iterator[Candidate]:
         for backend, lane in self.lanes.items():
             if chosen in ("auto", backend) and not self._static(backend, lane, dtype, device):
-                yield Candidate(backend, lane.refuses, _backend(backend).launcher(self.name))
+                yield Candidate(backend, lane.refuses, lane.numerics, _backend(backend).launcher(self.name))
 
     def _static(self, backend: str, lane: Lane, dtype: torch.dtype, device: torch.device) -> list[str]:
         sentences = []
@@ -132,6 +164,13 @@ class Dispatcher:
             observer(self.name, backend, args)
 
 
+def _refusals(lane: Lane | Candidate, args: Args) -> Iterator[str]:
+    if lane.refuses is not None:
+        yield from lane.refuses(*args)
+    if ieee.get() and lane.numerics(*args) != DIRECT:
+        yield "its rounding error is larger than the direct form's, which precision='ieee' does not allow"
+
+
 def describe(args: Args) -> str:
     """Arguments as text for messages: tensors by shape, dtype, strides and device."""
 
@@ -150,4 +189,4 @@ def _backend(name: str) -> Any:
     return importlib.import_module(f"inpaintrt.backends.{name}")
 
 
-__all__ = ["Candidate", "Dispatcher", "Policy", "describe", "log", "observers"]
+__all__ = ["Candidate", "Dispatcher", "Policy", "describe", "launches", "log", "observers"]

@@ -32,6 +32,9 @@ def register(spec: OpSpec) -> Callable[..., Any]:
     """
     registry.add(spec)
     parameters = [p.replace(kind=inspect.Parameter.POSITIONAL_OR_KEYWORD) for p in spec.signature.parameters.values()]
+    # A schema has no defaults for lists, so neither for what stands before one.
+    required = max((i + 1 for i, p in enumerate(parameters) if isinstance(p.default, (list, tuple))), default=0)
+    parameters[:required] = [p.replace(default=inspect.Parameter.empty) for p in parameters[:required]]
     signature = spec.signature.replace(parameters=parameters)
     tensors = [i for i, p in enumerate(parameters) if p.annotation in (Tensor, Tensor | None)]
     lists = [i for i, p in enumerate(parameters) if p.annotation in (list[Tensor], Sequence[Tensor])]

@@ -12,12 +12,25 @@ from .settings import BACKENDS, settings
 _ALL = ""  # the key that stands for every op
 Policy = Mapping[str, str]
 
+ieee: ContextVar[bool] = ContextVar("inpaintrt_ieee", default=False)
+"""precision="ieee": kernels whose rounding error has a bound of its own (Winograd) do not take part."""
+
 policy: ContextVar[Policy] = ContextVar("inpaintrt_policy", default={_ALL: settings.backend})  # noqa: B039 (never mutated)
 
 
 def requested(chosen: Policy, op: str) -> str:
     """The backend asked for: "auto" or a name."""
     return chosen.get(op) or chosen.get(_ALL, "auto")
+
+
+@contextlib.contextmanager
+def use_ieee() -> Iterator[None]:
+    """Within this context ops use no kernel that trades rounding error for speed."""
+    token = ieee.set(True)
+    try:
+        yield
+    finally:
+        ieee.reset(token)
 
 
 @contextlib.contextmanager

@@ -18,12 +18,31 @@ FLOATS = frozenset({torch.float32, torch.bfloat16, torch.float16})
 
 
 @dataclass(frozen=True)
+class Numerics:
+    """How many times the reference's rounding error a kernel may make (before the rounding band)."""
+
+    rms: float = 2.0
+    max: float = 2.0
+
+
+DIRECT = Numerics()
+WINOGRAD = Numerics(rms=8.0, max=12.0)
+"""Fewer products, whose sums cancel more: a second class of float32, with a bound of its own."""
+
+
+def direct(*args: Any) -> Numerics:
+    return DIRECT
+
+
+@dataclass(frozen=True)
 class Lane:
     """What one backend can do for one op."""
 
     dtypes: frozenset[torch.dtype] = FLOATS
     refuses: Callable[..., Iterator[str]] | None = None
     """Called with the op's arguments; yields one sentence per problem, nothing when the call is supported."""
+    numerics: Callable[..., Numerics] = direct
+    """What may be asked of a call with these arguments."""
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,53 @@
+// A call of fused_conv2d, and what its algorithms share: how a finished row leaves.
+#pragma once
+
+#include "activation.h"
+#include "inpaintrt/abi.h"
+#include "rows.h"
+
+namespace irt::INPAINTRT_ISA::conv {
+
+constexpr int64_t W = Vec::kWidth;
+
+static inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+static inline int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
+static inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+static inline int64_t vectors(int64_t floats) { return ceil_div(floats, 16) * 16; }
+
+enum class Padding { zeros, reflect, replicate };
+
+struct Call {
+  const irt_view *x, *weight, *bias, *residual, *out;
+  int64_t top, left, bottom, right;
+  Padding padding;
+  Act act;
+  float alpha;
+  bool residual_first;  // act(… + residual) instead of act(…) + residual
+  int threads;
+};
+
+// The bias of one block of outputs; zeros if there is none.
+static inline Vec bias_of(const Call& call, int64_t block) {
+  if (!call.bias) return Vec(0.0f);
+  const int64_t step = call.bias->strides[0];
+  return load_some(static_cast<const float*>(call.bias->data) + block * W * step,
+                   least(W, call.out->sizes[1] - block * W), step);
+}
+
+// Row y of a block of outputs, its sums given as [pixel][lane]: activation, residual, and back to the tensor's layout.
+static inline void finish_row(const Call& call, const float* row, int64_t b, int64_t block, int64_t y) {
+  const Row<float> to = row_of<float>(*call.out, b, block, y);
+  const Row<float> extra = call.residual ? row_of<float>(*call.residual, b, block, y) : Row<float>{};
+  const Vec alpha(call.alpha);
+  const int64_t width = call.out->sizes[3];
+  with_activation(call.act, [&](auto act) {
+    constexpr Act kAct = decltype(act)::value;
+    if (call.residual_first) {
+      write_row(row, width, extra, to, [&](Vec v, Vec more) { return activate<kAct>(v + more, alpha); });
+    } else {
+      write_row(row, width, extra, to, [&](Vec v, Vec more) { return activate<kAct>(v, alpha) + more; });
+    }
+  });
+}
+
+}  // namespace irt::INPAINTRT_ISA::conv
