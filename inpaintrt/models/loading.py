@@ -1,11 +1,10 @@
-"""Networks by name, and weights from files. Only tensors are ever read from a file: no pickled code runs."""
+"""Networks by name, and weights from files or state dicts in any of the forms in which they are passed around."""
 
 from __future__ import annotations
 
 import difflib
 import os
-import pickle
-import zipfile
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,11 +15,23 @@ from torch import Tensor, nn
 from inpaintrt.runtime.errors import WeightsError
 
 from . import lama
+from .weights_file import ModuleNote, WeightsFile
 
 NETWORKS = {"lama": lama.LaMa}
 SHIPPED = {"lama_mini": ("lama", "lama_mini.safetensors")}
-_ANCHOR = {"lama": "model.1.ffc.convl2l.weight"}
-_CONFIG = {"lama": lama.config_from_state_dict}
+_FAMILIES = {"lama": lama}
+"""Modules with ANCHOR, FOREIGN, `config_from_state_dict` and `config_from_modules`; see `models.lama`."""
+
+_FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+_OTHERS = (
+    (r"^(.*\.)?(discriminator\..*|model0\.0\.weight)$", "the discriminator of a GAN"),
+    (r"\.ffc_skip\.", "an FcF generator"),
+    (r"synthesis\.first_stage\.", "a MAT generator"),
+    (r"encoder\.b\d+\.conv1\.conv1\.", "a MI-GAN generator"),
+    (r"model\.diffusion_model\.", "a latent diffusion model"),
+    (r"model\.\d+\.conv_block\.", "a LaMa without Fourier convolutions"),
+    (r"\.convl2l\.weight$", "a network of Fourier convolutions with another layout"),
+)
 
 
 def create(name: str, **options: Any) -> nn.Module:
@@ -28,42 +39,81 @@ def create(name: str, **options: Any) -> nn.Module:
 
     Raises: `ValueError` for an unknown name.
     """
-    return _network(name)(**options).eval()  # type: ignore[no-any-return]
+    return _network(name)(**options).eval()
 
 
-def load(name: str, path: str | os.PathLike[str] | None = None) -> Any:
+def load(name: str, path: str | os.PathLike[str] | None = None, **options: Any) -> Any:
     """The network `name` in eval mode with weights, float32 on the CPU.
 
     Args:
         name: "lama_mini" (shipped with the package, no path), or a family ("lama") together with `path`.
-        path: .safetensors, or a torch checkpoint (.pt, .pth, .ckpt) with a plain or Lightning state dict. Any prefix
-            before the public keys is accepted; the configuration is read off the shapes.
+        path: safetensors, a torch checkpoint of any age (plain or nested state dict, Lightning checkpoint, pickled
+            module) or a TorchScript archive. Only tensors are read; no code in the file is imported or run.
+        options: as for `build`.
 
     Raises:
         ValueError: unknown name, or path missing or superfluous.
-        WeightsError: no such file, damaged, or not this network; the message says what was found.
+        WeightsError: no such file, damaged, or not this network; the message says what was found and what is expected.
     """
     if name in SHIPPED:
-        if path is not None:
-            raise ValueError(f"{name!r} ships with the package and takes no path; for a file use load('lama', path)")
-        family, file = SHIPPED[name]
-        path = Path(__file__).parent.parent / "data" / file
-    else:
-        family = name
-        _network(family)
-        if path is None:
-            raise ValueError(f"load({name!r}) needs a path to weights; shipped models: {', '.join(SHIPPED)}")
-    path = Path(path)
-    state = _without_prefix(_read(path), _ANCHOR[family], path, family)
+        if path is not None or options:
+            raise ValueError(
+                f"{name!r} ships with the package and takes no path and no options; for a file use load('lama', path)"
+            )
+        name, shipped = SHIPPED[name]
+        path = Path(__file__).parent.parent / "data" / shipped
+    _network(name)
+    if path is None:
+        raise ValueError(f"load({name!r}) needs a path to weights; shipped models: {', '.join(SHIPPED)}")
+    with WeightsFile(Path(path)) as weights:
+        return build(name, weights, weights.source, **options)
+
+
+def build(
+    family: str, state: Mapping[str, Tensor], source: str = "state dict", *, prefix: str | None = None, **options: Any
+) -> nn.Module:
+    """A reference network with the weights of a state dict, which are copied: eval mode, float32, the state's device.
+
+    Args:
+        family: "lama".
+        state: tensors by name; whatever precedes the public keys is stripped, and other networks beside it are ignored.
+        source: where the weights come from, for messages.
+        prefix: which one to take where the state holds several networks of the family, such as "generator_ema".
+        options: arguments of the network's class, which override what was inferred. The shapes fix everything but
+            padding modes and output activation; those are read from modules where a file has them (TorchScript archives,
+            pickled modules), and are the released models' otherwise.
+
+    Raises:
+        ValueError, TypeError: unknown family or option.
+        WeightsError: not this network; the message says what was found.
+    """
+    network_class = _network(family)
+    definition = _FAMILIES[family]
+    root = _root(family, state, source, prefix)
+    for pattern, what in definition.FOREIGN:
+        if any(re.search(pattern, name) for name in state):
+            raise WeightsError(f"{source}: {what}")
+    tensors = {short: state[name] for short, name in _below(root, state).items()}
+    modules: Mapping[str, ModuleNote] = getattr(state, "modules", {})
+    notes = {short: modules[name] for short, name in _below(root, modules).items()}
     try:
-        network = NETWORKS[family](**_CONFIG[family](state))
-        network.load_state_dict({k: state[k] for k in network.state_dict()})
+        config = definition.config_from_state_dict(tensors)
     except KeyError as missing:
-        raise WeightsError(f"{path}: not a {family} generator, the key {missing} is missing") from None
-    except RuntimeError as error:
-        raise WeightsError(f"{path}: shapes do not fit a {family} generator: {error}") from None
+        raise WeightsError(f"{source}: not a {family} generator, the key {missing} is missing") from None
+    config |= definition.config_from_modules(notes)
+    try:
+        with torch.device("meta"):  # nothing to initialise: the weights take the parameters' place
+            network = network_class(**{**config, **options})
+    except ValueError as error:
+        if options:
+            raise
+        raise WeightsError(f"{source}: not a {family} generator that ours can be: {error}") from None
+    _check(network, tensors, family, source)
+    device = tensors[f"model.{definition.ANCHOR}"].device
+    own = {key: _own(tensors.pop(key, None), like, device) for key, like in network.state_dict().items()}
+    network.load_state_dict(own, assign=True)
     if bad := [k for k, t in network.state_dict().items() if t.is_floating_point() and not bool(t.isfinite().all())]:
-        raise WeightsError(f"{path}: {len(bad)} tensors hold NaN or infinity, first {bad[0]}")
+        raise WeightsError(f"{source}: {len(bad)} tensors hold NaN or infinity, first {bad[0]}")
     return network.eval()
 
 
@@ -77,52 +127,74 @@ def _network(name: str) -> Any:
     return NETWORKS[name]
 
 
-def _read(path: Path) -> Mapping[str, Tensor]:
-    """All tensors of a weights file by key."""
-    if not path.is_file():
-        raise WeightsError(f"{path}: {'is a folder' if path.is_dir() else 'no such file'}")
-    try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            return load_file(path)
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
+def _root(family: str, state: Mapping[str, Tensor], source: str, prefix: str | None) -> str:
+    """The dotted path of the container in `state` whose children are the network's layers."""
+    anchor = _FAMILIES[family].ANCHOR
+    found = [name.removesuffix(anchor).rstrip(".") for name in state if f".{name}".endswith(f".{anchor}")]
+    expected = f"expected a {family} generator, with a key that ends in {anchor!r}"
+    if not found:
+        for pattern, what in _OTHERS:
+            if any(re.search(pattern, name) for name in state):
+                raise WeightsError(f"{source}: {what}, not a {family} generator; {expected}")
+        some = ", ".join(list(state)[:3])
         raise WeightsError(
-            f"{path}: holds more than tensors, and no code is run from a weights file: {_line(error)}"
-        ) from None
-    except (OSError, RuntimeError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise WeightsError(f"{path}: cannot be read ({_line(error)})") from None
-    except Exception as error:
-        if type(error).__module__.startswith("safetensors"):
-            raise WeightsError(f"{path}: damaged safetensors file ({_line(error)})") from None
-        raise
-    for key in ("state_dict", "gen_state_dict"):
-        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
-            content = content[key]
-    if not isinstance(content, Mapping) or not any(isinstance(v, Tensor) for v in content.values()):
-        raise WeightsError(f"{path}: no state dict in it, but {type(content).__name__}")
-    return {k: v for k, v in content.items() if isinstance(v, Tensor)}
+            f"{source}: not a {family} generator: none of its {len(state)} keys ends in {anchor!r} (found {some}, …)"
+        )
+    if prefix is not None:
+        chosen = [root for root in found if f"{root}.".startswith(f"{prefix.rstrip('.')}.")]
+        if len(chosen) != 1:
+            raise WeightsError(f"{source}: {len(chosen)} {family} generators under {prefix!r} (found {_quoted(found)})")
+        return chosen[0]
+    if len(found) > 1:
+        plain = [root for root in found if "generator" in root.split(".")]
+        if len(plain) != 1:
+            raise WeightsError(
+                f"{source}: {len(found)} {family} generators, {_quoted(found)}; choose one with prefix=…"
+            )
+        return plain[0]
+    return found[0]
 
 
-def _without_prefix(state: Mapping[str, Tensor], anchor: str, path: Path, family: str) -> dict[str, Tensor]:
-    """The part of `state` under the prefix at which the network's first key is found, prefix removed."""
-    short = anchor.split(".", 1)[1]
-    for key in state:
-        if key == anchor or key.endswith("." + anchor):
-            prefix = key.removesuffix(anchor)
-            return {
-                k.removeprefix(prefix): v.float() if v.is_floating_point() else v
-                for k, v in state.items()
-                if k.startswith(prefix)
-            }
-        if key == short:
-            return {"model." + k: v.float() if v.is_floating_point() else v for k, v in state.items()}
-    some = ", ".join(list(state)[:3])
-    raise WeightsError(
-        f"{path}: not a {family} generator: none of its {len(state)} keys ends in {anchor!r} (found {some}, …)"
-    )
+def _below(root: str, names: Mapping[str, Any]) -> dict[str, str]:
+    """The names of a network's layers under the public prefix "model.", with the names they have here."""
+    start = f"{root}." if root else ""
+    return {
+        f"model.{name.removeprefix(start)}": name
+        for name in names
+        if name.startswith(start) and name.removeprefix(start)[:1].isdigit()
+    }
 
 
-def _line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+def _check(network: nn.Module, tensors: Mapping[str, Tensor], family: str, source: str) -> None:
+    """Refuse weights that do not fill the network, or that it would ignore."""
+    expected = network.state_dict()
+    missing = [key for key in expected if key not in tensors and not key.endswith("num_batches_tracked")]
+    if missing:
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise WeightsError(f"{source}: not a whole {family} generator, the key {missing[0]!r}{more} is missing")
+    if unknown := [key for key in tensors if key not in expected]:
+        raise WeightsError(
+            f"{source}: a {family} generator with {len(unknown)} tensors that ours does not have, first {unknown[0]!r} "
+            f"{tuple(tensors[unknown[0]].shape)}"
+        )
+    for key, like in expected.items():
+        if (tensor := tensors.get(key)) is None:
+            continue
+        if tensor.shape != like.shape:
+            raise WeightsError(
+                f"{source}: shapes do not fit a {family} generator: {key} is {tuple(tensor.shape)}, "
+                f"expected {tuple(like.shape)}"
+            )
+        if like.is_floating_point() and tensor.dtype not in _FLOATS:
+            raise WeightsError(f"{source}: {key} is {tensor.dtype}, expected {', '.join(map(str, _FLOATS))}")
+
+
+def _own(tensor: Tensor | None, like: Tensor, device: torch.device) -> Tensor:
+    """A copy in the network's element type; zeros for a counter that the file leaves out."""
+    if tensor is None:
+        return torch.zeros(like.shape, dtype=like.dtype, device=device)
+    return tensor.detach().to(like.dtype, copy=True, memory_format=torch.contiguous_format)
+
+
+def _quoted(roots: list[str]) -> str:
+    return ", ".join(repr(root) for root in roots)
