@@ -145,7 +145,8 @@ def _model_options(parser: argparse.ArgumentParser) -> None:
         "--model",
         default=DEFAULT_MODEL,
         metavar="NAME|FILE",
-        help="a model that ships with the package, or LaMa weights (.safetensors, .pt, .ckpt); default: %(default)s",
+        help="a model that ships with the package, or LaMa weights: safetensors, torch checkpoint or TorchScript archive; "
+        "default: %(default)s",
     )
     _run_options(parser)
 

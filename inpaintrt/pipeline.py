@@ -41,7 +41,8 @@ def fill(
     """`image` with the pixels under `mask` filled by `model`; every other pixel is the input's, bit for bit.
 
     Args:
-        model: has `size_multiple`, `min_size` and `inpaint(image, mask)`, as `inpaintrt.load` gives it; any device.
+        model: has `size_multiple`, `min_size` and `inpaint(image, mask)`, as `inpaintrt.load` gives it and `accelerate`
+            makes it of a TorchScript archive; any device.
         image: (H, W, 3) RGB, uint8, or floating point in [0, 1]. What lies under the mask is not read.
         mask: (H, W), bool or 0/1; True = hole.
         max_pixels: the most pixels, padding included, that the network sees at once.
@@ -52,10 +53,16 @@ def fill(
         an empty mask, a copy of the input: the network is not run. With a full one, what the network makes of nothing.
 
     Raises:
+        TypeError: the model is no such model.
         ValueError: wrong shapes, dtypes or mask values; known pixels not finite or outside [0, 1]; training mode.
         ImageError: a hole with its margin is larger than `max_pixels`.
         InpaintRTError: the network returned NaN or Inf.
     """
+    if lacking := [name for name in ("size_multiple", "min_size", "inpaint") if not hasattr(model, name)]:
+        raise TypeError(
+            f"the model, {type(model).__name__}, has no {', '.join(lacking)}; accepted: what inpaintrt.load gives, or "
+            "what inpaintrt.accelerate makes of a TorchScript archive"
+        )
     if model.training:
         raise ValueError("the model is in training mode; call model.eval() first")
     hole = _checked_mask(mask)

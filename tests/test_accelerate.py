@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
 import inpaintrt as irt
-from inpaintrt.runtime.swap import record_of
+from inpaintrt.runtime.swap import record_of, why_original
 from inpaintrt.testing import recipe
 
 from . import foreign_lama
+
+DATA = Path(__file__).parent / "data"
 
 
 @pytest.fixture
@@ -58,7 +63,7 @@ def test_a_container_that_fails_leaves_its_parts():
     model = recipe.fill(foreign_lama.Wrapper()).eval()
     model.generator.model[5].conv1.__class__ = Lookalike
     irt.accelerate(model)
-    assert _swapped(model) == ["generator.model.5.conv2", "generator.model.6"]
+    assert _swapped(model) == ["generator.model.5.conv1.ffc", "generator.model.5.conv2", "generator.model.6"]
     report = irt.verify(model, torch.rand(1, 3, 64, 80), torch.rand(1, 1, 64, 80).round())
     assert report.ok, str(report)
 
@@ -68,6 +73,80 @@ def test_bad_options(model):
         irt.accelerate(model, backend="cudnn")
     with pytest.raises(ValueError, match="precision is 'fp8'"):
         irt.accelerate(model, precision="fp8")
+
+
+@pytest.mark.parametrize("name", ["astronaut", "chelsea", "coffee", "rocket"])
+def test_bf16_on_photos(name):
+    """Finite, and on average within one 8-bit level of the float32 result; also inside the hole alone."""
+    image, mask = (np.asarray(Image.open(DATA / file)) for file in (f"{name}.jpg", f"{name}-mask.png"))
+    sides = [(0, -side % 8) for side in mask.shape]
+    hole = np.pad(mask > 0, sides, mode="symmetric")
+    known = np.pad(image, [*sides, (0, 0)], mode="symmetric") * ~hole[..., None] / 255
+    x = torch.from_numpy(np.concatenate([known, hole[..., None]], axis=2).astype(np.float32).transpose(2, 0, 1)[None])
+    model = irt.load("lama_mini")
+    with torch.no_grad():
+        expected = model(x)
+        by_name = irt.accelerate(model, precision="bf16", strict=True)(x)
+        assert irt.explain(model, x).rows[0]["why not"] is None
+        irt.accelerate(model, precision="fp32")
+        with torch.autocast("cpu", torch.bfloat16):
+            assert irt.explain(model, x).rows[0]["why not"] is None
+            by_context = model(x)
+    assert by_name.dtype == torch.float32
+    for result in (by_name, by_context.float()):
+        assert bool(result.isfinite().all())
+        error = (result - expected).abs()
+        assert 0 < error.mean() < 1 / 255
+        assert error[0][:, torch.from_numpy(hole)].mean() < 1 / 255
+
+
+def test_bf16_keeps_no_cast_weights(model, x):
+    """Autocast remembers cast weights until the outermost context ends; a caller's may be long."""
+    irt.accelerate(model, precision="bf16")
+    with torch.no_grad(), torch.autocast("cuda", enabled=False):
+        before = model(x)
+        for p in model.parameters():
+            p.data.mul_(1.1)
+        after = model(x)
+    assert not torch.equal(before, after)
+    with torch.no_grad():
+        assert torch.equal(model(x), after)
+
+
+def test_fp16_is_refused_before_anything_changes(model, x):
+    with pytest.raises(irt.UnsupportedError, match=r"overflow float16, which gives black images .use bf16."):
+        irt.accelerate(model, precision="fp16")
+    assert not _swapped(model)
+    irt.accelerate(model)
+    with pytest.raises(irt.UnsupportedError, match="overflow"):
+        irt.accelerate(model, precision="fp16")
+    assert _swapped(model) == ["model"], "what was accelerated stays so"
+
+
+def test_float16_calls_take_the_original_forward(model, x):
+    """Autocast or a model converted to half: the caller's choice, and the original's result or error."""
+
+    def outcome(net, x):
+        try:
+            return net(x)
+        except RuntimeError as error:
+            return str(error)
+
+    def same(net, x):
+        with torch.no_grad(), irt.disabled():
+            expected = outcome(net, x)
+        with torch.no_grad():
+            actual = outcome(net, x)
+        return torch.equal(actual, expected) if isinstance(expected, torch.Tensor) else actual == expected
+
+    irt.accelerate(model)
+    swapped = model.model
+    with torch.autocast("cpu", torch.float16):
+        assert "overflow float16" in why_original(swapped, (x,), {})
+        assert same(model, x)
+    assert not why_original(swapped, (x,), {})
+    assert "torch.float16" in why_original(model.half().model, (x.half(),), {})
+    assert same(model, x.half())
 
 
 def test_nothing_recognised():

@@ -207,6 +207,11 @@ def test_a_model_in_training_mode_is_refused() -> None:
         pipeline.fill(Painter().train(), noise(20, 20), np.ones((20, 20), bool))
 
 
+def test_another_kind_of_model_is_named() -> None:
+    with pytest.raises(TypeError, match="Identity, has no size_multiple, min_size, inpaint; accepted"):
+        pipeline.fill(nn.Identity().eval(), noise(20, 20), np.ones((20, 20), bool))
+
+
 def test_the_model_runs_in_its_own_dtype() -> None:
     mask = box(20, 20, (0, 0, 5, 5))
     result = pipeline.fill(Painter().to(torch.bfloat16), noise(20, 20), mask)

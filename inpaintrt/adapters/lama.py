@@ -1,409 +1,468 @@
-"""LaMa and whatever copies its modules: fast Fourier convolutions, their residual blocks, whole generators.
+"""LaMa and its relatives as modules to swap: Fourier units, spectral transforms, FFCs, residual blocks, whole generators.
 
-What is recognised are children, shapes and attributes, under the names that the public state dicts fix (`convl2l`,
-`convg2g`, `bn_l`, …); class names differ between copies and are ignored. What is done, all of it exact algebra:
-
-- local-to-local and global-to-local are one convolution over concatenated input channels;
-- every batch norm in eval mode folds into the convolution before it;
-- multiplications by a gate of 1 and additions of 0 are dropped;
-- the two streams stay one tensor, padded once.
-
-Convolutions and FFTs are torch's own. Full-resolution layers run channels-last, which is twice as fast there. The blocks
-stay contiguous: oneDNN's channels-last convolution sums all of K in one chain, and at K = 4608 its rounding error is three
-times that of the blocked one, which the tolerance rule does not allow; at 1/8 resolution both are equally fast.
+The reading, the rules and the algebra of FFCs are in `ffc`; here is what a whole generator adds, and the adapters.
+Full-resolution layers run channels-last, which is twice as fast there; the blocks stay contiguous (see `ffc`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from inpaintrt.runtime.swap import disabled
+
+from .ffc import (
+    STREAM_RULES,
+    Affines,
+    Layer,
+    Spectral,
+    activated,
+    affines_of,
+    block_of,
+    ffc,
+    first_broken,
+    fourier_unit,
+    layer_of,
+    refuses_size,
+    refuses_spectrum,
+    refuses_streams,
+    refuses_tensor,
+    residual_block,
+    spectral_of,
+    transformed,
+    why_not_block,
+    why_not_ffc,
+    why_not_fourier_unit,
+    why_not_spectral,
+)
 from .folding import (
-    batch_norm_affine,
+    BATCH_NORMS,
+    batch_norm_affines,
+    conv2d_as,
     conv2d_few_outputs,
     conv2d_reflect,
+    fold_bias,
+    fold_weight,
     is_plain_batch_norm,
+    joined_biases,
     memory_format_of,
-    scale_outputs,
 )
 
-# ---- recognition ----------------------------------------------------------------------------------------------------
+T = TypeVar("T")
+Streams = tuple[Tensor, Tensor]
+ALGORITHM = "batch norms folded, l2l+g2l merged, torch convolutions"
+
+# ---- a whole generator ----------------------------------------------------------------------------------------------
 
 
-def _is_conv(module: Any, kernel: int | None = None) -> bool:
+@dataclass
+class Plan:
+    """The layers of a generator by role. Layers of the tail come in groups that run as one; one alone runs as it is."""
+
+    stem: list[Any] = field(default_factory=list)
+    head: list[Layer] = field(default_factory=list)
+    blocks: list[tuple[Layer, Layer]] = field(default_factory=list)
+    tail: list[tuple[Any, ...]] = field(default_factory=list)
+
+    @property
+    def stride(self) -> int:
+        product = 1
+        for layer in self.head:
+            product *= layer.local.stride[0]
+        return product
+
+    @property
+    def layers(self) -> list[Layer]:
+        return [*self.head, *(layer for block in self.blocks for layer in block)]
+
+    def affines(self) -> Affines:
+        """What all batch norms that fold apply."""
+        ups = [group[1] for group in self.tail if len(group) == 3 and group[1] is not None]
+        norms = list(dict.fromkeys([norm for layer in self.layers for norm in layer.norms] + ups))
+        return dict(zip(norms, batch_norm_affines(norms), strict=True))
+
+
+def plan_of(sequence: nn.Sequential) -> Plan | str:
+    """Read the layers in order; a sentence says where they are none of a generator's."""
+    plan, layers = Plan(), list(sequence)
+    while layers and not hasattr(layers[0], "ffc"):
+        plan.stem.append(layers.pop(0))
+    while layers and hasattr(layers[0], "ffc"):
+        layer = layer_of(layers.pop(0))
+        if layer is None:
+            return f"layer {len(plan.head) + 1}: it has no local stream"
+        plan.head.append(layer)
+    joined = bool(layers) and block_of(layers[0]) is None and _pop_join(layers)
+    while layers and (block := block_of(layers[0])) is not None:
+        plan.blocks.append(block)
+        layers.pop(0)
+    if not plan.head or not plan.blocks:
+        return "it has no residual blocks of FFCs after its strided convolutions"
+    if not joined and not _pop_join(layers):
+        return "the streams are not joined after the residual blocks"
+    while layers:
+        plan.tail.append(_pop_group(layers))
+    return plan
+
+
+def why_not_generator(plan: Plan) -> str | None:
+    if any(_has_weights(layer) for layer in plan.stem):
+        return "a layer with weights comes before its first FFC"
+    for i, layer in enumerate(plan.head):
+        if why := _why_not_head(layer):
+            return f"layer {i + 1}: {why}"
+    if plan.head[-1].to_wide is None:
+        return "its residual blocks have no global stream to begin with"
+    for i, block in enumerate(plan.blocks):
+        if (why := why_not_block(block)) is not None:
+            return f"residual block {i}: {why or 'its FFCs lack a stream'}"
+    if any(hasattr(part, "convl2l") for group in plan.tail for layer in group if layer for part in layer.modules()):
+        return "it has an FFC after its residual blocks"
+    return None
+
+
+def _has_weights(layer: Any) -> bool:
+    return any(True for _ in layer.parameters())
+
+
+def _why_not_head(layer: Layer) -> str | None:
+    """A layer of the head takes one or both streams; without a global one it is a convolution."""
+    if layer.to_local is None:
+        return first_broken(STREAM_RULES, layer)
+    why = why_not_ffc(layer)
+    return "one of its streams ends in it" if why == "" else why
+
+
+def _pop_join(layers: list[Any]) -> bool:
+    """Drop the concatenation: the only thing that a layer without parameters can do with a pair (the probe checks it)."""
+    if not layers or _has_weights(layers[0]) or isinstance(layers[0], nn.Identity):
+        return False
+    layers.pop(0)
+    return True
+
+
+def _pop_group(layers: list[Any]) -> tuple[Any, ...]:
+    first = layers.pop(0)
+    if isinstance(first, nn.ConvTranspose2d) and first.groups == 1:
+        norm = act = None
+        if layers and isinstance(layers[0], BATCH_NORMS) and is_plain_batch_norm(layers[0], first.out_channels):
+            norm = layers.pop(0)
+        if layers and isinstance(layers[0], nn.ReLU):
+            act = layers.pop(0)
+        return first, norm, act
+    if isinstance(first, nn.ReflectionPad2d) and layers and _is_same_conv(layers[0], first.padding):
+        return first, layers.pop(0)
+    return (first,)
+
+
+def _is_same_conv(conv: Any, pad: tuple[int, ...]) -> bool:
+    """A convolution that takes back what `pad` adds."""
     return (
-        isinstance(module, nn.Conv2d)
-        and module.groups == 1
-        and module.bias is None
-        and module.dilation == (1, 1)
-        and (kernel is None or module.kernel_size == (kernel, kernel))
+        isinstance(conv, nn.Conv2d)
+        and len({*pad}) == 1
+        and conv.kernel_size == (2 * pad[0] + 1,) * 2
+        and (conv.stride, conv.padding, conv.dilation, conv.groups) == ((1, 1), (0, 0), (1, 1), 1)
     )
-
-
-def _why_not_fourier_unit(fu: nn.Module) -> str | None:
-    """None when `fu` is a Fourier unit that the fused form covers; "" when it is none at all; else the option in the way."""
-    conv, bn = getattr(fu, "conv_layer", None), getattr(fu, "bn", None)
-    if not isinstance(conv, nn.Conv2d) or bn is None:
-        return ""
-    if not (_is_conv(conv, 1) and is_plain_batch_norm(bn, conv.out_channels)):
-        return "its Fourier unit's convolution is not a plain 1×1 with batch norm"
-    for option in ("spatial_scale_factor", "spectral_pos_encoding", "use_se", "ffc3d"):
-        if getattr(fu, option, None):
-            return f"its Fourier unit uses {option}"
-    if getattr(fu, "fft_norm", "ortho") != "ortho":
-        return "its Fourier unit is not orthonormal"
-    return None
-
-
-def _why_not_spectral(spectral: nn.Module, inputs: int, outputs: int) -> str | None:
-    first, conv2, fu = (getattr(spectral, name, None) for name in ("conv1", "conv2", "fu"))
-    if not (isinstance(first, nn.Sequential) and isinstance(conv2, nn.Conv2d) and isinstance(fu, nn.Module)):
-        return ""
-    if getattr(spectral, "enable_lfu", False) and isinstance(getattr(spectral, "lfu", None), nn.Module):
-        return "its spectral transform has the local Fourier unit (LFU)"
-    if not isinstance(getattr(spectral, "downsample", nn.Identity()), nn.Identity):
-        return "its spectral transform downsamples"
-    layers: list[Any] = list(first)
-    if not (
-        len(layers) == 3
-        and _is_conv(layers[0], 1)
-        and layers[0].in_channels == inputs
-        and is_plain_batch_norm(layers[1], layers[0].out_channels)
-        and isinstance(layers[2], nn.ReLU)
-        and _is_conv(conv2, 1)
-        and conv2.in_channels == layers[0].out_channels
-        and conv2.out_channels == outputs
-    ):
-        return "its spectral transform is not 1×1, batch norm, ReLU, Fourier unit, 1×1"
-    return _why_not_fourier_unit(fu)
-
-
-def _why_not_ffc(module: Any, *, streams: bool) -> str | None:
-    """FFC + batch norms + ReLUs. With `streams`, all four paths; otherwise any layer that a generator's head uses."""
-    ffc = getattr(module, "ffc", None)
-    local = getattr(ffc, "convl2l", None)
-    if not isinstance(local, nn.Conv2d) or not hasattr(module, "bn_l"):
-        return ""
-    if getattr(ffc, "gated", False):
-        return "its streams are gated"
-    if not (_is_conv(local) and local.padding_mode == "reflect" and local.kernel_size[0] == local.kernel_size[1]):
-        return "its convolutions are not plain, reflected and square"
-    to_wide, from_wide, spectral = (getattr(ffc, name, None) for name in ("convl2g", "convg2l", "convg2g"))
-    if not (is_plain_batch_norm(module.bn_l, local.out_channels) and isinstance(module.act_l, nn.ReLU)):
-        return "its local stream does not end in batch norm and ReLU"
-    same = {"kernel_size", "stride", "padding", "padding_mode", "dilation"}
-    for conv in (to_wide, from_wide):
-        if isinstance(conv, nn.Conv2d) and not (
-            _is_conv(conv) and all(getattr(conv, a) == getattr(local, a) for a in same)
-        ):
-            return "its convolutions differ in geometry"
-    if isinstance(to_wide, nn.Conv2d) and not (
-        is_plain_batch_norm(module.bn_g, to_wide.out_channels) and isinstance(module.act_g, nn.ReLU)
-    ):
-        return "its global stream does not end in batch norm and ReLU"
-    if not streams:
-        return "it has a global input" if isinstance(from_wide, nn.Conv2d) else None
-    if not (isinstance(to_wide, nn.Conv2d) and isinstance(from_wide, nn.Conv2d) and isinstance(spectral, nn.Module)):
-        return ""  # a layer of a generator's head, which only the generator's form covers
-    if local.stride != (1, 1) or local.padding != (local.kernel_size[0] // 2,) * 2:
-        return "it is strided or changes the size"
-    return _why_not_spectral(spectral, from_wide.in_channels, to_wide.out_channels)
-
-
-def _why_not_block(module: Any) -> str | None:
-    conv1, conv2 = getattr(module, "conv1", None), getattr(module, "conv2", None)
-    if not (
-        isinstance(conv1, nn.Module)
-        and isinstance(conv2, nn.Module)
-        and hasattr(conv1, "ffc")
-        and hasattr(conv2, "ffc")
-    ):
-        return ""
-    if getattr(module, "inline", False):
-        return "its streams arrive as one tensor (inline)"
-    for conv in (conv1, conv2):
-        if (why := _why_not_ffc(conv, streams=True)) is not None:
-            return why or "its two convolutions are not FFCs"
-    return None
-
-
-# ---- the fused forms ------------------------------------------------------------------------------------------------
-
-
-def fourier_unit(fu: Any, x: Tensor) -> Tensor:
-    """x (B, C, h, w), any layout → contiguous (B, Cout, h, w); batch norm folded, spectra in float32 at least."""
-    b, _, h, w = x.shape
-    half = w // 2 + 1
-    scale, shift = batch_norm_affine(fu.bn)
-    spectrum = torch.view_as_real(torch.fft.rfft2(x if x.dtype == torch.float64 else x.float(), norm="ortho"))
-    y = spectrum.permute(0, 1, 4, 2, 3).reshape(b, -1, h, half)
-    with torch.autocast(x.device.type, enabled=False):  # the spectral mix stays in float32 under bf16, too
-        y = F.conv2d(y, scale_outputs(fu.conv_layer.weight, scale), shift).relu_()
-    y = y.view(b, -1, 2, h, half).permute(0, 1, 3, 4, 2).contiguous()
-    # Two one-dimensional inverses: a two-dimensional one assumes a symmetry that the ReLU has broken (see models.lama).
-    return torch.fft.irfft(torch.fft.ifft(torch.view_as_complex(y), dim=-2, norm="ortho"), n=w, dim=-1, norm="ortho")
-
-
-def ffc(module: Any, x: Tensor, n_local: int, residual: Tensor | None) -> Tensor:
-    """One FFC with norms and ReLUs on x = [local | global] (B, C, h, w) contiguous; `residual` is added at the end."""
-    paths, spectral = module.ffc, module.ffc.convg2g
-    scale_l, shift_l = batch_norm_affine(module.bn_l)
-    scale_g, shift_g = batch_norm_affine(module.bn_g)
-    pad = paths.convl2l.padding[0]
-    padded = F.pad(x, (pad, pad, pad, pad), mode="reflect")
-
-    weight = torch.cat([paths.convl2l.weight, paths.convg2l.weight], dim=1)
-    local = F.conv2d(padded, scale_outputs(weight, scale_l), shift_l).relu_()
-
-    scale, shift = batch_norm_affine(spectral.conv1[1])
-    hidden = F.conv2d(x[:, n_local:], scale_outputs(spectral.conv1[0].weight, scale), shift).relu_()
-    mixed = fourier_unit(spectral.fu, hidden).add_(hidden).to(hidden.dtype)
-    wide = F.conv2d(padded[:, :n_local], scale_outputs(paths.convl2g.weight, scale_g), shift_g)
-    wide = wide.add_(F.conv2d(mixed, scale_outputs(spectral.conv2.weight, scale_g))).relu_()
-    joined = torch.cat([local, wide], dim=1)
-    return joined if residual is None else joined.add_(residual)
-
-
-def residual_block(block: Any, x: Tensor) -> Tensor:
-    """Two FFCs and the residual, on one contiguous tensor [local | global]."""
-    n_local = block.conv1.ffc.convl2l.in_channels
-    return ffc(block.conv2, ffc(block.conv1, x, n_local, None), n_local, x)
 
 
 _LONG_SUM = 1000
 
 
-def _layout(conv: nn.Conv2d) -> torch.memory_format:
-    """The layout in which torch computes this convolution fast and with the accuracy of the default one (see above)."""
+def _layout(conv: Any) -> torch.memory_format:
+    """The layout in which torch computes this convolution fast and with the accuracy of the default one (see `ffc`)."""
     long = conv.in_channels * conv.kernel_size[0] * conv.kernel_size[1] > _LONG_SUM
     return torch.contiguous_format if long else torch.channels_last
 
 
-def head_layer(module: Any, x: Tensor) -> Tensor:
-    """A layer without global input: conv, norm and ReLU; both outputs, where there are two, from one convolution."""
-    local, to_wide = module.ffc.convl2l, getattr(module.ffc, "convl2g", None)
-    scale, shift = batch_norm_affine(module.bn_l)
-    weight = scale_outputs(local.weight, scale)
-    if isinstance(to_wide, nn.Conv2d):
-        scale_g, shift_g = batch_norm_affine(module.bn_g)
-        weight = torch.cat([weight, scale_outputs(to_wide.weight, scale_g)])
-        shift = torch.cat([shift, shift_g])
-    return conv2d_reflect(x, weight, shift, stride=local.stride[0], padding=local.padding[0]).relu_()
+def head_layer(layer: Layer, x: Tensor, affines: Affines) -> Tensor:
+    """An FFC of a head: [local | global] as far as there are two streams, from one convolution where one comes in."""
+    if layer.to_local is not None:
+        return ffc(layer, x.contiguous(), affines)
+    x, affine = x.contiguous(memory_format=_layout(layer.local)), affines.get(layer.norm_l)
+    weight, bias = fold_weight(layer.local.weight, affine), fold_bias(layer.local.bias, affine)
+    if layer.to_wide is None:
+        return activated(layer.act_l, conv2d_as(layer.local, x, weight, bias))
+    affine = affines.get(layer.norm_g)
+    other, other_bias = fold_weight(layer.to_wide.weight, affine), fold_bias(layer.to_wide.bias, affine)
+    widths = [layer.local.out_channels, layer.to_wide.out_channels]
+    y = conv2d_as(layer.local, x, torch.cat([weight, other]), joined_biases([bias, other_bias], widths))
+    if isinstance(layer.act_l, nn.ReLU) and isinstance(layer.act_g, nn.ReLU):
+        return y.relu_()
+    local, wide = y.split(widths, dim=1)
+    return torch.cat([activated(layer.act_l, local), activated(layer.act_g, wide)], dim=1)
 
 
-def up_layer(conv: Any, bn: Any, x: Tensor) -> Tensor:
-    """Transposed convolution, norm and ReLU."""
-    scale, shift = batch_norm_affine(bn)
-    bias = shift if conv.bias is None else torch.addcmul(shift, conv.bias, scale)
-    weight = conv.weight * scale.view(1, -1, 1, 1)
-    return F.conv_transpose2d(x, weight, bias, conv.stride, conv.padding, conv.output_padding).relu_()
+def tail_group(group: tuple[Any, ...], y: Tensor, affines: Affines) -> Tensor:
+    """A transposed convolution with its norm and ReLU, a padded convolution, or a layer as it is."""
+    first = group[0]
+    if isinstance(first, nn.ConvTranspose2d):
+        norm, act = group[1:]
+        affine = affines.get(norm)
+        weight = first.weight if affine is None else first.weight * affine[0].view(1, -1, 1, 1)
+        bias, padding = fold_bias(first.bias, affine), cast("tuple[int, ...]", first.padding)
+        y = F.conv_transpose2d(y, weight, bias, first.stride, padding, first.output_padding, dilation=first.dilation)
+        return activated(act, y)
+    if len(group) == 2:
+        pad, conv = first.padding[0], group[1]
+        few = conv.out_channels <= 4 and y.shape[-2] % 2 == 0 and y.shape[-1] % 2 == 0
+        how = conv2d_few_outputs if few else F.conv2d
+        return conv2d_reflect(y, conv.weight, conv.bias, stride=1, padding=pad, conv=how)
+    return first(y)  # type: ignore[no-any-return]
 
 
 # ---- adapters -------------------------------------------------------------------------------------------------------
-
-ALGORITHM = "batch norms folded, l2l+g2l merged, torch convolutions"
-
-
-def _refuses_tensor(x: Any, weight: Tensor, least: int) -> Iterator[str]:
-    if not isinstance(x, Tensor) or x.dim() != 4:
-        yield "the input is not one 4-D tensor"
-    elif x.device != weight.device:
-        yield f"the input is on {x.device}, the weights are on {weight.device}"
-    elif x.dtype != weight.dtype or x.dtype not in (torch.float32, torch.float64):
-        yield f"input {x.dtype} with weights {weight.dtype}; both must be float32 or float64 (for bf16: precision='bf16')"
-    elif min(x.shape[-2:]) < least:
-        yield f"the input of {tuple(x.shape[-2:])} is smaller than reflection allows ({least})"
+# Each reads its module again on every call and holds it against the rules: a child that was replaced since counts.
 
 
-def _streams_like(shape: tuple[int, int], n_local: int, n_wide: int) -> tuple[Tensor, Tensor]:
-    from inpaintrt.testing.recipe import image
+class GeneratorAdapter:
+    """A whole generator, as the Sequential that most copies of LaMa keep its layers in."""
 
-    local, wide = image("probe/local", 2, n_local, *shape), image("probe/global", 2, n_wide, *shape)
-    return local - 0.25, wide - 0.25
-
-
-class FfcAdapter:
-    """FFC + norms + ReLUs with both streams in and out, as (local, global) tuples."""
-
-    name = "lama.ffc"
-    ops: tuple[str, ...] = ()
-    algorithm = ALGORITHM
-    deep = False
+    name = "lama.generator"
+    ops: tuple[str, ...] = ("fourier_unit",)
+    algorithm = ALGORITHM + "; channels-last at full resolution; 7×7 output two by two pixels"
+    deep = True
 
     def match(self, module: nn.Module) -> str | None:
-        return _why_not_ffc(module, streams=True)
+        if not isinstance(module, nn.Sequential):
+            return ""
+        if not any(hasattr(layer, "ffc") for layer in module) or not any(block_of(layer) for layer in module):
+            return ""
+        plan = plan_of(module)
+        return plan if isinstance(plan, str) else why_not_generator(plan)
 
-    def forward(self, module: Any, x: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        return _on_streams(
-            lambda joined: ffc(module, joined, module.ffc.convl2l.in_channels, None), x, module.ffc.convl2l.out_channels
-        )
+    def forward(self, module: Any, x: Tensor) -> Tensor:
+        plan, layout = _read(plan_of(module)), memory_format_of(x)
+        y, affines = x, plan.affines()
+        for layer in plan.stem:
+            y = layer(y)
+        for part in plan.head:
+            y = head_layer(part, y, affines)
+        y = y.contiguous()
+        if y.dtype == torch.bfloat16:  # a sum over many blocks needs more digits than each of them
+            y = y.float()
+        for block in plan.blocks:
+            y = residual_block(block, y, affines)
+        y = y.contiguous(memory_format=torch.channels_last)
+        for group in plan.tail:
+            y = tail_group(group, y, affines)
+        return y.contiguous(memory_format=layout)
 
     def refuses(self, module: Any, *args: Any) -> Iterator[str]:
-        yield from _refuses_streams(args, module.ffc.convl2l)
+        plan = plan_of(module)
+        if isinstance(plan, str) or (why := why_not_generator(plan)):
+            yield plan if isinstance(plan, str) else why or ""
+            return
+        if len(args) != 1:
+            yield "called with other arguments than one tensor"
+            return
+        first = plan.head[0].local
+        yield from refuses_tensor(args[0], first.weight, first.in_channels)
+        size = tuple(args[0].shape[2:])
+        if any(n % plan.stride for n in size):
+            yield f"the size {size} is not a multiple of {plan.stride}"
+        for layer in plan.layers:
+            yield from refuses_size(layer, size)
+            size = tuple(n // layer.local.stride[0] for n in size)
 
     def probe_inputs(self, module: Any) -> Iterator[tuple[Any, ...]]:
-        ffc = module.ffc
-        yield (_streams_like((5, 7), ffc.convl2l.in_channels, ffc.convg2l.in_channels),)
-        yield (_streams_like((8, 4), ffc.convl2l.in_channels, ffc.convg2l.in_channels),)
+        from inpaintrt.testing.recipe import image
+
+        plan = _read(plan_of(module))
+        # Two pixels at the bottleneck are the least that reflection by one allows; dilated blocks reflect further.
+        side = plan.stride * max(2, *(2 * layer.local.padding[0] for layer in plan.layers[len(plan.head) :]))
+        x = image("probe/image", 1, plan.head[0].local.in_channels, side, side)
+        x[:, -1] = (x[:, -1] > 0.5).float()
+        yield (x,)
 
 
 class BlockAdapter:
-    """Residual block of two FFCs on (local, global) tuples."""
+    """A residual block of two FFCs, on a (local, global) pair or, "inline", on one tensor [local | global]."""
 
     name = "lama.block"
-    ops: tuple[str, ...] = ()
+    ops: tuple[str, ...] = ("fourier_unit",)
     algorithm = ALGORITHM
     deep = False
 
     def match(self, module: nn.Module) -> str | None:
-        return _why_not_block(module)
+        return why_not_block(block_of(module))
 
-    def forward(self, module: Any, x: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        return _on_streams(lambda joined: residual_block(module, joined), x, module.conv1.ffc.convl2l.in_channels)
+    def forward(self, module: Any, x: Tensor | Streams) -> Tensor | Streams:
+        block = _read(block_of(module))
+        affines = affines_of(*block)
+        if isinstance(x, Tensor):
+            return residual_block(block, x.contiguous(), affines).contiguous(memory_format=memory_format_of(x))
+        return _on_streams(lambda joined: residual_block(block, joined, affines), x, block[0].local.in_channels)
 
     def refuses(self, module: Any, *args: Any) -> Iterator[str]:
-        yield from _refuses_streams(args, module.conv1.ffc.convl2l)
+        block = block_of(module)
+        if block is None or (why := why_not_block(block)) is not None:
+            yield (block and why) or "it is no residual block of FFCs any more"
+            return
+        x, first = args[0] if len(args) == 1 else None, block[0]
+        # Copies without the option take one of the two: the caller knows which.
+        if getattr(module, "inline", isinstance(x, Tensor)):
+            yield from refuses_tensor(x, first.local.weight, first.local.in_channels + first.to_local.in_channels)
+            size = x.shape[2:]  # type: ignore[union-attr]
+        else:
+            yield from refuses_streams(first, x)
+            size = x[0].shape[2:]  # type: ignore[index]
+        for layer in block:
+            yield from refuses_size(layer, size)
 
     def probe_inputs(self, module: Any) -> Iterator[tuple[Any, ...]]:
-        yield from FfcAdapter().probe_inputs(module.conv1)
+        for streams in _probe_streams(_read(block_of(module))[0]):
+            yield (torch.cat(streams, dim=1) if _takes_one_tensor(module, streams) else streams,)
 
 
-def _refuses_streams(args: tuple[Any, ...], conv: Any) -> Iterator[str]:
-    if (
-        len(args) != 1
-        or not isinstance(args[0], tuple)
-        or len(args[0]) != 2
-        or not all(isinstance(t, Tensor) for t in args[0])
-    ):
-        yield "the input is not a (local, global) pair of tensors"
-        return
-    for stream in args[0]:
-        yield from _refuses_tensor(stream, conv.weight, conv.padding[0] + 1)
+def _takes_one_tensor(block: Any, streams: Streams) -> bool:
+    """Whether a residual block is "inline"; a copy without that option is asked."""
+    if hasattr(block, "inline"):
+        return bool(block.inline)
+    weight = block_of(block)[0].local.weight  # type: ignore[index]
+    try:
+        with disabled(), torch.no_grad():
+            block(tuple(stream.to(weight) for stream in streams))
+    except (TypeError, AttributeError, IndexError, RuntimeError):
+        return True
+    return False
 
 
-def _on_streams(fused: Any, x: tuple[Tensor, Tensor], n_local: int) -> tuple[Tensor, Tensor]:
+class FfcAdapter:
+    """An FFC of two streams as a (local, global) pair; with the norms and activations of its shell, or bare."""
+
+    name = "lama.ffc"
+    ops: tuple[str, ...] = ("fourier_unit",)
+    algorithm = ALGORITHM
+    deep = False
+
+    def match(self, module: nn.Module) -> str | None:
+        return why_not_ffc(layer_of(module))
+
+    def forward(self, module: Any, x: Streams) -> Streams:
+        layer = _read(layer_of(module))
+        return _on_streams(lambda joined: ffc(layer, joined, affines_of(layer)), x, layer.local.out_channels)
+
+    def refuses(self, module: Any, *args: Any) -> Iterator[str]:
+        layer = layer_of(module)
+        if layer is None or (why := why_not_ffc(layer)) is not None:
+            yield (layer and why) or "it is no FFC of two streams any more"
+        else:
+            yield from refuses_streams(layer, args[0] if len(args) == 1 else None)
+            yield from refuses_size(layer, args[0][0].shape[2:])
+
+    def probe_inputs(self, module: Any) -> Iterator[tuple[Any, ...]]:
+        for streams in _probe_streams(_read(layer_of(module))):
+            yield (streams,)
+
+
+class SpectralAdapter:
+    """A spectral transform, where the FFC around it is not recognised."""
+
+    name = "lama.spectral"
+    ops: tuple[str, ...] = ("fourier_unit",)
+    algorithm = "batch norms folded, torch convolutions"
+    deep = False
+
+    def match(self, module: nn.Module) -> str | None:
+        return why_not_spectral(spectral_of(module))
+
+    def forward(self, module: Any, x: Tensor) -> Tensor:
+        spectral = _read(spectral_of(module))
+        y = F.conv2d(transformed(spectral, x, affines_of(spectral)), spectral.conv2.weight, spectral.conv2.bias)
+        return y.contiguous(memory_format=memory_format_of(x))
+
+    def refuses(self, module: Any, *args: Any) -> Iterator[str]:
+        spectral = spectral_of(module)
+        if spectral is None or (why := why_not_spectral(spectral)) is not None:
+            yield (spectral and why) or "it is no spectral transform any more"
+        else:
+            x = args[0] if len(args) == 1 else None
+            yield from refuses_tensor(x, spectral.conv1.weight, spectral.conv1.in_channels)
+            yield from refuses_spectrum(spectral, x.shape[2:])  # type: ignore[union-attr]
+
+    def probe_inputs(self, module: Any) -> Iterator[tuple[Any, ...]]:
+        spectral = _read(spectral_of(module))
+        for size in _probe_sizes(spectral):
+            yield (_probe_tensor("global", spectral.conv1.in_channels, size),)
+
+
+class FourierUnitAdapter:
+    """A Fourier unit, where the spectral transform around it is not recognised."""
+
+    name = "lama.fourier_unit"
+    ops: tuple[str, ...] = ("fourier_unit",)
+    algorithm = "batch norm folded, one op"
+    deep = False
+
+    def match(self, module: nn.Module) -> str | None:
+        return why_not_fourier_unit(module) if _speaks_of_spectra(module) else ""
+
+    def forward(self, module: Any, x: Tensor) -> Tensor:
+        return fourier_unit(module, x).contiguous()
+
+    def refuses(self, module: Any, *args: Any) -> Iterator[str]:
+        if (why := why_not_fourier_unit(module)) is not None:
+            yield why or "it is no Fourier unit any more"
+        else:
+            x, conv = args[0] if len(args) == 1 else None, module.conv_layer
+            yield from refuses_tensor(x, conv.weight, conv.in_channels // 2)
+            if 0 in x.shape[1:]:  # type: ignore[union-attr]
+                yield f"the input of {tuple(x.shape)} has no pixel to transform"  # type: ignore[union-attr]
+
+    def probe_inputs(self, module: Any) -> Iterator[tuple[Any, ...]]:
+        for size in ((5, 7), (8, 4)):
+            yield (_probe_tensor("unit", module.conv_layer.in_channels // 2, size),)
+
+
+def _speaks_of_spectra(module: nn.Module) -> bool:
+    """A child called conv_layer is little evidence: there must be an option of Fourier units, too, or a call of an FFT."""
+    options = ("fft_norm", "ffc3d", "spectral_pos_encoding", "spatial_scale_factor")
+    original = getattr(type(module), "__inpaintrt_original__", type(module))
+    names = getattr(getattr(original.forward, "__code__", None), "co_names", ())
+    return any(hasattr(module, option) for option in options) or any("fft" in name for name in names)
+
+
+# ---- parts of adapters ----------------------------------------------------------------------------------------------
+
+
+def _read(found: T | str | None) -> T:
+    """What `match` accepted."""
+    if found is None or isinstance(found, str):
+        raise RuntimeError(f"the module was changed after it was accelerated: {found or 'another structure'}")
+    return found
+
+
+def _on_streams(fused: Callable[[Tensor], Tensor], x: Streams, n_local: int) -> Streams:
+    """`fused`, a function of one contiguous tensor, on a pair; the first `n_local` channels of its result are local."""
     formats = [memory_format_of(t) for t in x]
     y = fused(torch.cat([t.contiguous() for t in x], dim=1))
     local, wide = y[:, :n_local], y[:, n_local:]
     return local.contiguous(memory_format=formats[0]), wide.contiguous(memory_format=formats[1])
 
 
-class GeneratorAdapter:
-    """A whole generator, as the Sequential that every copy of LaMa keeps its layers in."""
+def _probe_tensor(name: str, channels: int, size: tuple[int, int]) -> Tensor:
+    from inpaintrt.testing.recipe import image
 
-    name = "lama.generator"
-    ops: tuple[str, ...] = ()
-    algorithm = ALGORITHM + "; channels-last at full resolution; 7×7 output two by two pixels"
-    deep = True
-
-    def match(self, module: nn.Module) -> str | None:
-        if not isinstance(module, nn.Sequential) or len(module) < 8:
-            return ""
-        if not any(hasattr(layer, "ffc") for layer in module):
-            return ""
-        try:
-            _plan(module)
-        except ValueError as why:
-            return str(why)
-        return None
-
-    def forward(self, module: Any, x: Tensor) -> Tensor:
-        plan = _plan(module)
-        layout = memory_format_of(x)
-        y = plan.stem_pad(x)
-        for layer in plan.head:
-            y = head_layer(layer, y.contiguous(memory_format=_layout(layer.ffc.convl2l)))
-        y = y.contiguous()
-        for block in plan.blocks:
-            y = residual_block(block, y)
-        y = y.contiguous(memory_format=torch.channels_last)
-        for conv, bn in plan.ups:
-            y = up_layer(conv, bn, y)
-        pad, last = plan.out_pad.padding[0], plan.out_conv
-        y = conv2d_reflect(y, last.weight, last.bias, stride=1, padding=pad, conv=conv2d_few_outputs)
-        for layer in plan.after:
-            y = layer(y)
-        return y.contiguous(memory_format=layout)
-
-    def refuses(self, module: Any, *args: Any) -> Iterator[str]:
-        if len(args) != 1:
-            yield "called with other arguments than one tensor"
-            return
-        plan = _plan(module)
-        down = 2 ** len(plan.ups)
-        yield from _refuses_tensor(args[0], plan.out_conv.weight, 2 * down)
-        if any(size % down for size in args[0].shape[-2:]):
-            yield f"the size {tuple(args[0].shape[-2:])} is not a multiple of {down}"
-
-    def probe_inputs(self, module: Any) -> Iterator[tuple[Any, ...]]:
-        from inpaintrt.testing.recipe import image
-
-        plan = _plan(module)
-        side = 2 * 2 ** len(plan.ups)  # two pixels at the bottleneck, the least that reflection allows
-        channels = plan.head[0].ffc.convl2l.in_channels
-        x = image("probe/image", 1, channels, side, side)
-        x[:, -1] = (x[:, -1] > 0.5).float()
-        yield (x,)
+    return image(f"probe/{name}", 2, channels, *size) - 0.25
 
 
-class _Plan:
-    """The layers of a generator by role."""
-
-    def __init__(self) -> None:
-        self.stem_pad: Any = None
-        self.head: list[Any] = []
-        self.blocks: list[Any] = []
-        self.ups: list[tuple[Any, Any]] = []
-        self.out_pad: Any = None
-        self.out_conv: Any = None
-        self.after: list[Any] = []
+def _probe_sizes(spectral: Spectral, padding: int = 0) -> list[tuple[int, int]]:
+    """Small sizes that padding and spectrum allow, odd and narrow ones where they may be."""
+    scale, more = 1 if spectral.before is None else 2, 2 * max(0, padding - 1)
+    sizes = [(5, 7), (8, 4)] if spectral.local_unit is None else [(4, 4), (6, 6)]
+    return [(scale * (h + more), scale * (w + more)) for h, w in sizes]
 
 
-def _plan(sequence: nn.Sequential) -> _Plan:
-    """Read the layers in order; `ValueError` names the first that does not belong."""
-    plan, layers = _Plan(), list(sequence)
-    if not isinstance(layers[0], nn.ReflectionPad2d):
-        raise ValueError("it does not begin with a reflection pad")
-    plan.stem_pad = layers.pop(0)
-    while layers and hasattr(layers[0], "ffc"):
-        if (why := _why_not_ffc(layers[0], streams=False)) is not None:
-            raise ValueError(f"layer {len(plan.head) + 1}: {why or 'not an FFC'}")
-        plan.head.append(layers.pop(0))
-    while layers and hasattr(layers[0], "conv1"):
-        if (why := _why_not_block(layers[0])) is not None:
-            raise ValueError(f"residual block {len(plan.blocks)}: {why or 'not two FFCs'}")
-        plan.blocks.append(layers.pop(0))
-    if not plan.head or not plan.blocks:
-        raise ValueError("it has no residual blocks of FFCs after its strided convolutions")
-    if not layers or any(True for _ in layers[0].parameters()) or isinstance(layers[0], nn.Identity):
-        raise ValueError("the streams are not joined after the residual blocks")
-    layers.pop(0)  # concatenation: the only thing a layer without parameters can do with a pair (the probe checks it)
-    while len(layers) >= 3 and isinstance(layers[0], nn.ConvTranspose2d):
-        conv, bn, relu = layers[:3]
-        if not (
-            is_plain_batch_norm(bn, conv.out_channels)
-            and isinstance(relu, nn.ReLU)
-            and (conv.stride, conv.groups, conv.dilation) == ((2, 2), 1, (1, 1))
-        ):
-            raise ValueError("an upsampling layer is not transposed convolution, batch norm, ReLU")
-        plan.ups.append((conv, bn))
-        del layers[:3]
-    if not (len(layers) >= 2 and isinstance(layers[0], nn.ReflectionPad2d) and isinstance(layers[1], nn.Conv2d)):
-        raise ValueError("it does not end in a reflection pad and a convolution")
-    plan.out_pad, plan.out_conv, plan.after = layers[0], layers[1], layers[2:]
-    pad, kernel = plan.out_pad.padding, plan.out_conv.kernel_size
-    if not (
-        len(set(pad)) == 1 and kernel == (2 * pad[0] + 1,) * 2 and plan.out_conv.stride == (1, 1) and plan.ups
-        and plan.out_conv.padding == (0, 0) and plan.out_conv.groups == 1 and plan.out_conv.dilation == (1, 1)
-    ):  # fmt: skip
-        raise ValueError("its output convolution is not a plain same convolution")
-    if any(any(True for _ in layer.parameters()) for layer in plan.after):
-        raise ValueError("it has weights after its output convolution")
-    return plan
+def _probe_streams(layer: Layer) -> Iterator[Streams]:
+    assert layer.spectral is not None
+    for size in _probe_sizes(layer.spectral, layer.local.padding[0]):
+        local = _probe_tensor("local", layer.local.in_channels, size)
+        yield local, _probe_tensor("global", layer.to_local.in_channels, size)
 
 
-ADAPTERS = (GeneratorAdapter(), BlockAdapter(), FfcAdapter())
+ADAPTERS = (GeneratorAdapter(), BlockAdapter(), FfcAdapter(), SpectralAdapter(), FourierUnitAdapter())

@@ -9,10 +9,15 @@ would hide), once with the module's own. Two questions are asked:
 2. Is the fused form as accurate? In the module's dtype, by the library's one rule (`testing.compare`). Deep containers skip
    this: depth amplifies rounding chaotically (for big-lama at 16×16 the ratio of two equally accurate computations'
    errors scatters from 0.5 to 6), so there it would reject by chance; `verify` judges their parts instead.
+
+An original that fails because this device's inverse FFT is not the CPU's (`runtime.inverse`) is asked again under the
+numpy rule; where it then agrees the swap is kept, with a note.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,11 +27,22 @@ from torch.func import functional_call
 from inpaintrt.testing.compare import close_to_truth, flat_tensors
 from inpaintrt.testing.recipe import state_for
 
+from .dispatch import launches, numerics_of
+from .inverse import inverse_note, numpy_inverse
+from .spec import Numerics
 from .swap import Adapter, disabled, record_of
 
 
-def probe(module: nn.Module) -> str:
-    """Compare a swapped module with its original. An empty string when they agree, else what differs."""
+@dataclass(frozen=True)
+class Finding:
+    """What a probe found: `why_not` is empty where both forwards agree; `note` is worth telling nevertheless."""
+
+    why_not: str = ""
+    note: str = ""
+
+
+def probe(module: nn.Module) -> Finding:
+    """Compare a swapped module with its original."""
     record = record_of(module)
     assert record is not None, "probe() needs a swapped module"
     own = {**dict(module.named_parameters()), **dict(module.named_buffers())}
@@ -34,6 +50,15 @@ def probe(module: nn.Module) -> str:
     devices = [device] if device.type == "cuda" else []
     fused = _Fused(module, record.adapter)
     training = {m: m.training for m in module.modules()}
+    note = ""
+
+    def ours(state: dict[str, Tensor], args: tuple[Any, ...]) -> Any:
+        return functional_call(fused, _inside(state), args)
+
+    def original(state: dict[str, Tensor], args: tuple[Any, ...]) -> Any:
+        with disabled():
+            return functional_call(module, state, args)
+
     try:
         module.eval()
         with torch.random.fork_rng(devices=devices), torch.no_grad():
@@ -43,18 +68,34 @@ def probe(module: nn.Module) -> str:
                 for args in record.adapter.probe_inputs(module):
                     args = _convert(args, device)
                     if reason := next(record.adapter.refuses(module, *args), ""):
-                        return f"the fused forward cannot run: {reason}"
-                    with disabled():
-                        expected = flat_tensors(functional_call(module, state, args))
-                        truth = flat_tensors(functional_call(module, double, _double(args)))
-                    wide = flat_tensors(functional_call(fused, _inside(double), _double(args)))
-                    actual = flat_tensors(functional_call(fused, _inside(state), args))
-                    if why := _difference(actual, wide, truth, expected, deep=record.adapter.deep):
-                        return f"probe with {weights}, input {_shapes(args)}: {why}"
+                        return Finding(f"the fused forward cannot run: {reason}")
+                    wide = (double, in_double(args))
+                    finding = compare(ours, original, (state, args), wide, deep=record.adapter.deep)
+                    if finding.why_not:
+                        return Finding(f"probe with {weights}, input {_shapes(args)}: {finding.why_not}")
+                    note = finding.note or note
     finally:
         for m, mode in training.items():
             m.training = mode
-    return ""
+    return Finding(note=note)
+
+
+def compare(
+    ours: Callable[..., Any], original: Callable[..., Any], own: tuple[Any, ...], wide: tuple[Any, ...], *, deep: bool
+) -> Finding:
+    """Ask both questions of two computations, each called with `own` (its own dtype) and with `wide` (float64)."""
+    with launches() as heard:
+        actual = flat_tensors(ours(*own))
+    numerics, double = numerics_of(heard), flat_tensors(ours(*wide))
+    expected, truth = flat_tensors(original(*own)), flat_tensors(original(*wide))
+    why_not = _difference(actual, double, truth, expected, numerics, deep=deep)
+    if not why_not:
+        return Finding()
+    with numpy_inverse() as inverse:
+        by_rule, exact = flat_tensors(original(*own)), flat_tensors(original(*wide))
+    if not inverse.calls or _difference(actual, double, exact, by_rule, numerics, deep=deep):
+        return Finding(why_not)
+    return Finding(note=inverse_note(truth, exact))
 
 
 class _Fused(nn.Module):
@@ -74,7 +115,13 @@ def _inside(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _difference(
-    actual: list[Tensor], wide: list[Tensor], truth: list[Tensor], expected: list[Tensor], *, deep: bool
+    actual: list[Tensor],
+    wide: list[Tensor],
+    truth: list[Tensor],
+    expected: list[Tensor],
+    numerics: Numerics,
+    *,
+    deep: bool,
 ) -> str:
     if len(actual) != len(expected):
         return f"{len(actual)} outputs where the original has {len(expected)}"
@@ -90,13 +137,18 @@ def _difference(
         limit = torch.finfo(torch.float32).eps * exact.abs().max().item() if exact.numel() else 0.0
         if not gap <= limit:
             return f"another function: in float64 the outputs differ by {gap:.3g}, float32's resolution is {limit:.3g}"
-        if not deep and not (verdict := close_to_truth(got, exact, base)).ok:
+        if not deep and not (verdict := close_to_truth(got, exact, base, numerics=numerics)).ok:
             return verdict.message
     return ""
 
 
-def _double(args: Any) -> Any:
-    return tuple(_double(a) if isinstance(a, tuple) else a.double() if isinstance(a, Tensor) else a for a in args)
+def in_double(args: Any) -> Any:
+    """`args` with floating-point tensors in float64, in tuples too; masks of integers stay as they are."""
+
+    def one(a: Any) -> Any:
+        return a.double() if isinstance(a, Tensor) and a.is_floating_point() else a
+
+    return tuple(in_double(a) if isinstance(a, tuple) else one(a) for a in args)
 
 
 def _convert(args: Any, device: torch.device) -> Any:

@@ -20,10 +20,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as _torch_module
 
-from .policy import use_backend
+from .policy import use_backend, use_ieee
 from .settings import settings
 
 _RECORD = "_inpaintrt"
+FP16_OVERFLOWS = "its activations and spectra overflow float16, which gives black images (use bf16)"
 _disabled: ContextVar[bool] = ContextVar("inpaintrt_disabled", default=settings.disable)
 
 
@@ -57,6 +58,8 @@ class Record:
     backend: str
     precision: str
     composited: bool
+    note: str = ""
+    """What the probe found worth telling although the swap is kept."""
 
 
 def record_of(module: nn.Module) -> Record | None:
@@ -113,9 +116,23 @@ def why_original(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
         ):
             return f"a hook sits on a child that the fused forward bypasses ({type(child).__name__})"
     record: Record = module.__dict__[_RECORD]
+    if record.precision == "ieee" and torch.compiler.is_compiling():
+        return "precision='ieee' is a context around the ops, which a compiled graph does not keep"
     if record.precision == "ieee" and _tf32_allowed(args):
         return "precision='ieee', but torch's switches allow TF32 on this device, and they are not ours to change"
-    return next(record.adapter.refuses(module, *args), "")
+    if refusal := next(record.adapter.refuses(module, *args), ""):
+        return refusal
+    if _autocast_dtype(args) == torch.float16:  # the caller's choice, and the original's result
+        return f"under float16 autocast: {FP16_OVERFLOWS}"
+    return ""
+
+
+def _autocast_dtype(args: tuple[Any, ...]) -> torch.dtype | None:
+    """What autocast computes in on the device of this call; None where it is off."""
+    device = next((t.device.type for t in _tensors(args)), "meta")
+    if device == "meta" or not torch.is_autocast_enabled(device):  # the meta device knows no autocast
+        return None
+    return torch.get_autocast_dtype(device)
 
 
 def _tf32_allowed(args: tuple[Any, ...]) -> bool:
@@ -131,19 +148,30 @@ def _run(module: Any, original: Callable[..., Any], args: tuple[Any, ...], kwarg
         return original(module, *args, **kwargs)
     record: Record = module.__dict__[_RECORD]
     forward = functools.partial(record.adapter.forward, module)
-    if record.precision in ("bf16", "fp16") and not torch.is_autocast_enabled(_device_type(args)):
-        dtype = torch.bfloat16 if record.precision == "bf16" else torch.float16
+    if record.precision == "bf16" and _autocast_dtype(args) is None:
         result_dtype = _dtype(args)
-        with torch.autocast(_device_type(args), dtype=dtype):
+        # Without its cache: inside a caller's autocast it would keep weights that may change before the next call.
+        with torch.autocast(_device_type(args), dtype=torch.bfloat16, cache_enabled=False):
             return _cast(_with_backend(record, forward, args), result_dtype)
     return _with_backend(record, forward, args)
 
 
 def _with_backend(record: Record, forward: Callable[..., Any], args: tuple[Any, ...]) -> Any:
-    if record.backend == "auto" or not record.adapter.ops:
+    if not record.adapter.ops or (record.backend == "auto" and record.precision != "ieee"):
         return forward(*args)
-    with use_backend(record.backend):
+    with policy_of(record):
         return forward(*args)
+
+
+@contextlib.contextmanager
+def policy_of(record: Record) -> Iterator[None]:
+    """The context in which the ops of a swapped module run."""
+    with contextlib.ExitStack() as stack:
+        if record.backend != "auto":
+            stack.enter_context(use_backend(record.backend))
+        if record.precision == "ieee":
+            stack.enter_context(use_ieee())
+        yield
 
 
 def _tensors(args: Any) -> Iterator[Tensor]:
