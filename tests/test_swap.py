@@ -15,6 +15,7 @@ from torch import nn
 
 import inpaintrt as irt
 from inpaintrt.adapters import lama as adapter
+from inpaintrt.runtime import dispatch
 from inpaintrt.runtime.swap import record_of, why_original
 from inpaintrt.testing import assert_close_to_truth, recipe
 
@@ -311,7 +312,7 @@ def test_generators_of_strangers(options, fused):
     assert len(fused) == 1
     report = irt.verify(model, image, mask)
     assert report.ok, str(report)
-    assert irt.explain(model, image, mask).rows[0]["op"] == ["fourier_unit"]
+    assert "fourier_unit" in irt.explain(model, image, mask).rows[0]["op"]
 
 
 PARTS = {
@@ -354,7 +355,8 @@ def test_parts_of_strangers(part):
     report = irt.verify(module, x)
     assert report.ok, str(report)
     (row,) = irt.explain(module, x).rows
-    assert (row["op"], row["why not"]) == (["fourier_unit"], None)
+    assert "fourier_unit" in row["op"]
+    assert row["why not"] is None
 
 
 def test_parts_keep_layouts(part):
@@ -422,7 +424,8 @@ def test_parts_run_the_original_where_they_must(part):
     assert seen == [1, 1], "explain ran it once more"
     double = tuple(t.double() for t in x) if isinstance(x, tuple) else x.double()
     (row,) = irt.explain(twin.double(), double).rows
-    assert (row["why not"], row["op"]) == (None, ["fourier_unit"])
+    assert "fourier_unit" in row["op"]
+    assert row["why not"] is None
     module.train()
     assert "training" in irt.explain(module, x).rows[0]["why not"]
 
@@ -506,17 +509,19 @@ def test_golden_numbers_of_forks(name, run):
         for key, v in spec["inputs"].items()
     }
     given = (x.get("x_l", 0), x["x_g"]) if "x_g" in x else x["x_l"] if "x_l" in x else x["x"]
-    out = _call(module, given)
+    with dispatch.launches() as heard:
+        out = _call(module, given)
+    numerics = dispatch.numerics_of(heard)
     named = zip(("out_l", "out_g"), out, strict=True) if len(out) == 2 else [("out", out[0])]
     checked = 0
     for end, tensor in named:
         if torch.is_tensor(tensor):
             key = f"{run}.{end}"
-            assert_close_to_truth(tensor, tensors[f"{key}64"], tensors[key], context=key)
+            assert_close_to_truth(tensor, tensors[f"{key}64"], tensors[key], numerics=numerics, context=key)
             checked += 1
     assert checked == len(spec["outputs"])
     if by:
-        rows = [row for row in irt.explain(module, given).rows if row["op"] == ["fourier_unit"]]
+        rows = [row for row in irt.explain(module, given).rows if "fourier_unit" in row["op"]]
         assert len(rows) == 1
         assert rows[0]["why not"] is None
 
@@ -715,3 +720,65 @@ def test_shared_modules_are_swapped_once(x):
     assert sum(record_of(m) is not None for m in pair.modules()) == 1
     for got, base in zip(pair(streams), expected, strict=True):
         torch.testing.assert_close(got, base, rtol=1e-4, atol=1e-4)
+
+
+class _Keyworded(torch.nn.Module):
+    """An FFC shell whose callers pass an option by name, as FcF's do."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.ffc, self.bn_l, self.bn_g, self.act_l, self.act_g = (
+            layer.ffc,
+            layer.bn_l,
+            layer.bn_g,
+            layer.act_l,
+            layer.act_g,
+        )
+
+    def forward(self, x, fname=None):
+        assert fname is None
+        local, wide = self.ffc(x)
+        return self.act_l(self.bn_l(local)), self.act_g(self.bn_g(wide))
+
+
+def _shell():
+    from inpaintrt.models.lama import FFC_BN_ACT
+
+    return _Keyworded(recipe.fill(FFC_BN_ACT(16, 16, 3, 0.5, 0.5, padding=1))).eval()
+
+
+def test_a_keyword_that_repeats_the_default_says_nothing():
+    shell = irt.accelerate(_shell())
+    streams = (torch.rand(1, 8, 20, 20), torch.rand(1, 8, 20, 20))
+    with dispatch.launches() as heard:
+        fast = shell(streams, fname=None)
+    assert "fourier_unit" in {launch.op for launch in heard}
+    with irt.disabled():
+        for a, b in zip(fast, shell(streams, fname=None), strict=True):
+            torch.testing.assert_close(a, b)
+    with dispatch.launches() as heard, pytest.raises(AssertionError):
+        shell(streams, fname="dump")  # the original's business
+    assert not heard
+
+
+def test_a_slice_of_a_swapped_generator_runs_as_it_is():
+    model = irt.accelerate(irt.load("lama_mini"))
+    first = model.model[:3]
+    x = torch.rand(1, 4, 32, 32)
+    with torch.no_grad():
+        out = first(x)[0] if isinstance(first(x), tuple) else first(x)
+    assert bool(out.isfinite().all())
+    assert "accelerated" not in repr(first).splitlines()[0]
+    copy.deepcopy(first)
+
+
+def test_a_look_alike_that_wants_more_arguments_is_left_alone():
+    class Demanding(_Keyworded):
+        def forward(self, x, scale):
+            return super().forward(x)
+
+    shell = _shell()
+    shell.__class__ = Demanding
+    irt.accelerate(shell)
+    assert type(shell) is Demanding
+    assert "cannot run" in str(irt.explain(shell)), "the reason is told"

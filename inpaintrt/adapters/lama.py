@@ -55,7 +55,7 @@ from .folding import (
 
 T = TypeVar("T")
 Streams = tuple[Tensor, Tensor]
-ALGORITHM = "batch norms folded, l2l+g2l merged, torch convolutions"
+ALGORITHM = "batch norms folded, l2l+g2l merged, CPU: 3×3 by Winograd F(4×4)"
 
 # ---- a whole generator ----------------------------------------------------------------------------------------------
 
@@ -223,7 +223,7 @@ class GeneratorAdapter:
     """A whole generator, as the Sequential that most copies of LaMa keep its layers in."""
 
     name = "lama.generator"
-    ops: tuple[str, ...] = ("fourier_unit",)
+    ops: tuple[str, ...] = ("fourier_unit", "fused_conv2d")
     algorithm = ALGORITHM + "; channels-last at full resolution; 7×7 output two by two pixels"
     deep = True
 
@@ -284,7 +284,7 @@ class BlockAdapter:
     """A residual block of two FFCs, on a (local, global) pair or, "inline", on one tensor [local | global]."""
 
     name = "lama.block"
-    ops: tuple[str, ...] = ("fourier_unit",)
+    ops: tuple[str, ...] = ("fourier_unit", "fused_conv2d")
     algorithm = ALGORITHM
     deep = False
 
@@ -336,7 +336,7 @@ class FfcAdapter:
     """An FFC of two streams as a (local, global) pair; with the norms and activations of its shell, or bare."""
 
     name = "lama.ffc"
-    ops: tuple[str, ...] = ("fourier_unit",)
+    ops: tuple[str, ...] = ("fourier_unit", "fused_conv2d")
     algorithm = ALGORITHM
     deep = False
 
@@ -364,8 +364,8 @@ class SpectralAdapter:
     """A spectral transform, where the FFC around it is not recognised."""
 
     name = "lama.spectral"
-    ops: tuple[str, ...] = ("fourier_unit",)
-    algorithm = "batch norms folded, torch convolutions"
+    ops: tuple[str, ...] = ("fourier_unit", "fused_conv2d")
+    algorithm = "batch norms folded"
     deep = False
 
     def match(self, module: nn.Module) -> str | None:

@@ -87,7 +87,10 @@ def compare(
     with launches() as heard:
         actual = flat_tensors(ours(*own))
     numerics, double = numerics_of(heard), flat_tensors(ours(*wide))
-    expected, truth = flat_tensors(original(*own)), flat_tensors(original(*wide))
+    try:
+        expected, truth = flat_tensors(original(*own)), flat_tensors(original(*wide))
+    except Exception as error:  # somebody else's code, which may want other arguments than its structure suggests
+        return Finding(f"the original cannot run on the probe's input: {type(error).__name__}: {error}")
     why_not = _difference(actual, double, truth, expected, numerics, deep=deep)
     if not why_not:
         return Finding()

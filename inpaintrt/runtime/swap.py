@@ -11,6 +11,7 @@ import contextlib
 import copy
 import copyreg
 import functools
+import inspect
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -100,7 +101,10 @@ def obstacles(module: nn.Module) -> Iterator[str]:
 
 
 def why_original(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
-    """The reason why this call runs the original forward, or an empty string. Evaluated on every call."""
+    """The reason why this call runs the original forward, or an empty string. Evaluated on every call.
+
+    `kwargs` are the keyword arguments that say more than the original's defaults.
+    """
     # A compiled graph is fixed: it takes what holds when it is compiled, and context variables cannot be traced.
     if not torch.compiler.is_compiling() and _disabled.get():
         return "acceleration is disabled"
@@ -143,9 +147,7 @@ def _tf32_allowed(args: tuple[Any, ...]) -> bool:
     return "tf32" in (cudnn.conv.fp32_precision, torch.backends.cuda.matmul.fp32_precision)
 
 
-def _run(module: Any, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    if why_original(module, args, kwargs):
-        return original(module, *args, **kwargs)
+def _run(module: Any, args: tuple[Any, ...]) -> Any:
     record: Record = module.__dict__[_RECORD]
     forward = functools.partial(record.adapter.forward, module)
     if record.precision == "bf16" and _autocast_dtype(args) is None:
@@ -198,8 +200,14 @@ def _cast(result: Any, dtype: torch.dtype) -> Any:
 
 @functools.cache
 def _subclass(original: type[nn.Module]) -> type[nn.Module]:
+    defaults = {name: p.default for name, p in inspect.signature(original.forward).parameters.items()}
+
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return _run(self, original.forward, args, kwargs)
+        # A slice of a Sequential is made by its class, so it has the class but was never swapped.
+        telling = {name: value for name, value in kwargs.items() if value is not defaults.get(name, self)}
+        if record_of(self) is None or why_original(self, args, telling):
+            return original.forward(self, *args, **kwargs)
+        return _run(self, args)
 
     def __reduce_ex__(self: Any, protocol: Any) -> Any:
         state = {name: value for name, value in self.__dict__.items() if name != _RECORD}
@@ -208,15 +216,15 @@ def _subclass(original: type[nn.Module]) -> type[nn.Module]:
     def __deepcopy__(self: Any, memo: dict[int, Any]) -> Any:
         twin = cls.__new__(cls)  # type: ignore[call-overload]
         memo[id(self)] = twin
-        record = self.__dict__[_RECORD]
         twin.__dict__.update(copy.deepcopy({k: v for k, v in self.__dict__.items() if k != _RECORD}, memo))
-        twin.__dict__[_RECORD] = record
+        if record := record_of(self):
+            twin.__dict__[_RECORD] = record
         return twin
 
     def extra_repr(self: Any) -> str:
-        own = original.extra_repr(self)
-        mark = f"accelerated: {self.__dict__[_RECORD].adapter.name}"
-        return f"{own}, {mark}" if own else mark
+        record = record_of(self)
+        mark = f"accelerated: {record.adapter.name}" if record else ""
+        return ", ".join(filter(None, (original.extra_repr(self), mark)))
 
     cls = type(
         original.__name__,
