@@ -22,8 +22,9 @@ import torch
 from torch import Tensor
 
 from inpaintrt.runtime import dispatch
-from inpaintrt.runtime.spec import Cost, Numerics, as_outputs
+from inpaintrt.runtime.spec import Cost, as_outputs
 from inpaintrt.testing import close_to_truth, machine
+from inpaintrt.testing.compare import Numerics
 from inpaintrt.testing.timing import compare, interleave, summary
 
 Candidate = Callable[[], Any]

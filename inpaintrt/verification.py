@@ -16,9 +16,8 @@ from .report import Report
 from .runtime.dispatch import launches, numerics_of
 from .runtime.inverse import inverse_note, numpy_inverse
 from .runtime.probe import in_double
-from .runtime.spec import Numerics
 from .runtime.swap import Adapter, Record, disabled, policy_of, record_of
-from .testing.compare import close_to_truth, flat_tensors
+from .testing.compare import Numerics, close_to_truth, flat_tensors
 
 END_TO_END_RMS = 2e-5
 END_TO_END_AGREEMENT = 0.9999

@@ -36,8 +36,8 @@ SHARED = {
     "inpaintrt/ops": {"__init__", "_shared"},
     "csrc/cpu": {"dispatch", "parallel", "arena"},
     "kernels": {"__init__", "_lib", "aot"},
-    "csrc/plan": {"plan", "nest"},
-    "csrc/cuda": {"common", "activation", "library"},
+    "csrc/plan": {"plan", "nest", "fft"},
+    "csrc/cuda": {"common", "activation", "library", "fft"},
     "docs/ops": {"README"},
 }
 
@@ -156,7 +156,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
     "inpaintrt.kernels": (),
     "inpaintrt.runtime": ("inpaintrt._C", *PURE),
     "inpaintrt.backends": ("inpaintrt.runtime",),
-    "inpaintrt.ops": ("inpaintrt.runtime",),
+    "inpaintrt.ops": ("inpaintrt.runtime", *PURE),
     "inpaintrt.models": ("inpaintrt.runtime", "inpaintrt.ops"),
     "inpaintrt.adapters": ("inpaintrt.runtime", "inpaintrt.ops", "inpaintrt.models", *PURE),
 }

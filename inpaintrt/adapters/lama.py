@@ -55,7 +55,7 @@ from .folding import (
 
 T = TypeVar("T")
 Streams = tuple[Tensor, Tensor]
-ALGORITHM = "batch norms folded, l2l+g2l merged, CPU: 3×3 by Winograd F(4×4)"
+ALGORITHM = "norms folded, l2l+g2l merged, 3×3 by Winograd F(4×4) on CPU"
 
 # ---- a whole generator ----------------------------------------------------------------------------------------------
 
@@ -224,7 +224,7 @@ class GeneratorAdapter:
 
     name = "lama.generator"
     ops: tuple[str, ...] = ("fourier_unit", "fused_conv2d")
-    algorithm = ALGORITHM + "; channels-last at full resolution; 7×7 output two by two pixels"
+    algorithm = ALGORITHM + "; ends channels-last"
     deep = True
 
     def match(self, module: nn.Module) -> str | None:
@@ -365,7 +365,7 @@ class SpectralAdapter:
 
     name = "lama.spectral"
     ops: tuple[str, ...] = ("fourier_unit", "fused_conv2d")
-    algorithm = "batch norms folded"
+    algorithm = "norms folded"
     deep = False
 
     def match(self, module: nn.Module) -> str | None:
@@ -396,7 +396,7 @@ class FourierUnitAdapter:
 
     name = "lama.fourier_unit"
     ops: tuple[str, ...] = ("fourier_unit",)
-    algorithm = "batch norm folded, one op"
+    algorithm = "norm folded, one op"
     deep = False
 
     def match(self, module: nn.Module) -> str | None:

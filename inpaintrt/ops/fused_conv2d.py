@@ -17,7 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from inpaintrt.runtime.library import register
-from inpaintrt.runtime.spec import DIRECT, WINOGRAD, Cost, Lane, Numerics, OpSpec, Outputs, Sample
+from inpaintrt.runtime.spec import Cost, Lane, OpSpec, Outputs, Sample
+from inpaintrt.testing.compare import DIRECT, WINOGRAD, Numerics
 
 from ._shared import PADDING_MODES, activate, check_activation, memory_format, pad_sides
 
@@ -167,6 +168,7 @@ def _cpu_refuses(
     shift: Tensor | None,
     *finish: object,
 ) -> Iterator[str]:
+    """All but 1×1 and 3×3 convolutions of stride 1, and 3×3 ones of fewer than 16 tiles of 4×4."""
     kernel = tuple(weight.shape[2:])
     if kernel not in ((1, 1), (3, 3)) or (stride, dilation, groups, upsample) != (1, 1, 1, 1) or transposed:
         yield "only 1×1 and 3×3 convolutions with stride, dilation, groups and upsample of 1 have a kernel"
@@ -219,6 +221,7 @@ def _samples(level: str) -> Iterator[Sample]:
         residual_mode="before",
         with_residual=True,
     )
+    yield sample("one", (1, 1, 1, 1), 1, 1)
     yield sample("small", (1, 4, 3, 5), 6, tensors="bias")
     yield sample("strided", (2, 6, 9, 7), 4, stride=2, tensors="bias scale shift", activation="silu")
     yield sample("masked", (2, 3, 8, 9), 5, tensors="mask", dilation=2, padding=[2, 2, 2, 2])

@@ -17,11 +17,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from inpaintrt.testing.compare import DIRECT, Numerics
+
 from . import registry
 from .errors import KernelError, UnsupportedError
 from .policy import Policy, ieee, policy, requested
 from .settings import settings
-from .spec import DIRECT, Args, Lane, Numerics, Outputs, as_outputs
+from .spec import Args, Lane, Outputs, as_outputs
 
 log = logging.getLogger("inpaintrt")
 

@@ -24,12 +24,11 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from inpaintrt.testing.compare import close_to_truth, flat_tensors
+from inpaintrt.testing.compare import Numerics, close_to_truth, flat_tensors
 from inpaintrt.testing.recipe import state_for
 
 from .dispatch import launches, numerics_of
 from .inverse import inverse_note, numpy_inverse
-from .spec import Numerics
 from .swap import Adapter, disabled, record_of
 
 

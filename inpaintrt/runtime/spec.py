@@ -11,26 +11,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from inpaintrt.testing.compare import DIRECT, Numerics
+
 Outputs = tuple[Tensor, ...]
 Args = tuple[Any, ...]
 
 FLOATS = frozenset({torch.float32, torch.bfloat16, torch.float16})
 
 
-@dataclass(frozen=True)
-class Numerics:
-    """How many times the reference's rounding error a kernel may make (before the rounding band)."""
-
-    rms: float = 2.0
-    max: float = 2.0
-
-
-DIRECT = Numerics()
-WINOGRAD = Numerics(rms=8.0, max=12.0)
-"""Fewer products, whose sums cancel more: a second class of float32, with a bound of its own."""
-
-
 def direct(*args: Any) -> Numerics:
+    """The numerics of most kernels."""
     return DIRECT
 
 
