@@ -220,35 +220,27 @@ def test_page_and_benchmark(copy: Copy) -> None:
 
 # ---- the CUDA lanes, as far as a machine without a GPU can prove them ------------------------------------------------
 
-SIMULATION = """
-#include "simulated_device.h"
-#include "cuda/scaled_residual.cuh"
-extern "C" int simulate(const char* entry, const unsigned* grid, const unsigned* block, const void* params, unsigned bytes) {
-  CASES
-  return 1;
-}
-"""
-
 PLANS = """
-import ctypes, sys, torch
+import pathlib, sys, torch
+sys.path.insert(0, "tests/cuda")
+import simulation
 from inpaintrt.ops.scaled_residual import SPEC
-from inpaintrt.runtime import native
 from inpaintrt.testing import assert_close_to_truth
 
-planner = native.library().planner("scaled_residual")
-simulate = ctypes.CDLL(sys.argv[1]).simulate if sys.argv[1:] else None
+folder, *entries = sys.argv[1:] or [None]
+simulate = simulation.build(pathlib.Path(folder), "scaled_residual", entries) if folder else None
 for dtype in (torch.float32, torch.float16, torch.bfloat16):
     wide = torch.randn(2, 3, 8, 17).to(dtype)
     for x in (wide[..., 1:], wide[..., 1:].contiguous()):  # rows that no pack can start at, and whole packs
         residual = torch.randn(x.shape).to(dtype)
         (out,) = SPEC.out(x, residual, 0.5)
-        entry, grid, block, shared, params = planner((x, residual, 0.5), (out.fill_(torch.nan),), 1)
-        print(entry)
+        plan = simulation.plan("scaled_residual", (x, residual, 0.5), (out.fill_(torch.nan),))
+        (launch,) = plan.launches
+        print(launch.entry)
         if simulate is not None:
-            three = ctypes.c_uint * 3
-            assert simulate(entry.encode(), three(*grid), three(*block), params, len(params)) == 0, entry
+            simulate(plan)
             truth = SPEC.run_reference(x.double(), residual.double(), 0.5)
-            assert_close_to_truth(out, truth, SPEC.run_reference(x, residual, 0.5), context=entry)
+            assert_close_to_truth(out, truth, SPEC.run_reference(x, residual, 0.5), context=launch.entry)
 """
 
 
@@ -260,15 +252,10 @@ def test_cuda_lanes(copy: Copy, tmp_path: Path) -> None:
     nvcc = shutil.which("nvcc")
     if not nvcc:
         pytest.skip("nvcc not found: the device code was not compiled")
-    csrc, library = copy.root / "csrc", tmp_path / "simulation.so"
-    (tmp_path / "simulation.cpp").write_text(
-        SIMULATION.replace("CASES", "\n  ".join(f"SIMULATE({e})" for e in entries))
-    )
-    include = [f"-I{copy.root / 'tests' / 'cuda'}", f"-I{csrc}", f"-I{csrc / 'include'}", f"-I{csrc / 'cpu'}"]
-    host = ["-x", "c++", "-std=c++17", "-O1", "-shared", "-Xcompiler=-fPIC,-Wall,-Wextra,-Werror"]
-    run([nvcc, *host, *include, str(tmp_path / "simulation.cpp"), "-o", str(library)])
-    copy.python("-c", PLANS, str(library))
+    copy.python("-c", PLANS, str(tmp_path), *entries)
 
+    csrc = copy.root / "csrc"
+    include = [f"-I{csrc}", f"-I{csrc / 'include'}", f"-I{csrc / 'cpu'}"]
     compiled = tmp_path / "kernels.o"
     device = ["-std=c++17", "-arch=sm_90", "--Werror", "all-warnings", "-Xptxas=-v"]
     log = run([nvcc, *device, *include, "-c", str(csrc / "cuda" / f"{OP}.cu"), "-o", str(compiled)])

@@ -166,10 +166,9 @@ void raise_unless_ok(const irt_status& status) {
 
 struct Kernel {
   irt_kernel run;
-  int device_type;
 
   void operator()(const py::tuple& args, const py::tuple& outs, int threads) const {
-    const Call call(args, outs, device_type, threads);
+    const Call call(args, outs, irt::dlpack::kCpu, threads);
     irt_status status;
     {
       const py::gil_scoped_release release;
@@ -182,22 +181,54 @@ struct Kernel {
 struct Planner {
   irt_planner plan;
 
-  // (entry, grid, block, shared bytes, parameter bytes); a grid with a zero means that there is nothing to do.
+  // ([(entry, grid, block, shared bytes, parameter bytes), …], workspace bytes); no launches = nothing to do.
   py::tuple operator()(const py::tuple& args, const py::tuple& outs, int device_type) const {
     const Call call(args, outs, device_type, 0);
     irt_plan p;
     irt_status status;
     plan(call.get(), &p, &status);
     raise_unless_ok(status);
-    return py::make_tuple(std::string(p.entry), py::make_tuple(p.grid[0], p.grid[1], p.grid[2]),
-                          py::make_tuple(p.block[0], p.block[1], p.block[2]), p.shared_bytes,
-                          py::bytes(reinterpret_cast<const char*>(p.params), p.params_bytes));
+    py::list launches;
+    for (int i = 0; i < p.count; ++i) {
+      const irt_launch& one = p.launches[i];
+      launches.append(py::make_tuple(std::string(one.entry), py::make_tuple(one.grid[0], one.grid[1], one.grid[2]),
+                                     py::make_tuple(one.block[0], one.block[1], one.block[2]), one.shared_bytes,
+                                     py::bytes(reinterpret_cast<const char*>(one.params), one.params_bytes)));
+    }
+    return py::make_tuple(launches, p.workspace_bytes);
+  }
+};
+
+struct CudaKernel {
+  irt_planner plan;
+  irt_launcher launch;
+
+  // `allocate(output, bytes)` returns a tensor on that output's device, in torch's stream order: the workspace, which
+  // may therefore go back as soon as the launches are on the stream. Called only where the plan needs one.
+  void operator()(const py::tuple& args, const py::tuple& outs, const py::object& allocate) const {
+    const Call call(args, outs, irt::dlpack::kCuda, 0);
+    irt_plan p;
+    irt_status status;
+    plan(call.get(), &p, &status);
+    raise_unless_ok(status);
+    py::object workspace = py::none();
+    void* memory = nullptr;
+    if (p.workspace_bytes) {
+      workspace = allocate(outs[0], p.workspace_bytes);
+      memory = reinterpret_cast<void*>(workspace.attr("data_ptr")().cast<uintptr_t>());
+    }
+    {
+      const py::gil_scoped_release release;
+      launch(call.get(), &p, memory, &status);
+    }
+    raise_unless_ok(status);
   }
 };
 
 struct CudaLibrary {
   void* handle = nullptr;
-  irt_kernel (*find)(const char*) = nullptr;
+  irt_launcher (*find)(const char*) = nullptr;
+  irt_planner (*find_plan)(const char*) = nullptr;
   const char* (*info)() = nullptr;
 } cuda;
 
@@ -207,16 +238,23 @@ void load_cuda(const std::string& path) {
   if (!found.handle) throw std::runtime_error(dlerror());
   found.find = reinterpret_cast<decltype(found.find)>(dlsym(found.handle, "irt_cuda_find"));
   found.info = reinterpret_cast<decltype(found.info)>(dlsym(found.handle, "irt_cuda_info"));
-  if (!found.find || !found.info) {
+  found.find_plan = reinterpret_cast<decltype(found.find_plan)>(dlsym(found.handle, "irt_plan_find"));
+  if (!found.find || !found.find_plan || !found.info) {
     dlclose(found.handle);
     throw std::runtime_error(path + " is not an inpaintrt CUDA library");
   }
   cuda = found;
 }
 
-py::object kernel_or_none(irt_kernel run, int device_type) {
-  if (!run) return py::none();
-  return py::cast(Kernel{run, device_type});
+py::object cpu_kernel(const char* name) {
+  const irt_kernel run = irt_cpu_find(name);
+  return run ? py::cast(Kernel{run}) : py::none();
+}
+
+py::object cuda_kernel(const char* name) {
+  const irt_launcher launch = cuda.find ? cuda.find(name) : nullptr;
+  const irt_planner plan = launch ? cuda.find_plan(name) : nullptr;
+  return plan ? py::cast(CudaKernel{plan, launch}) : py::none();
 }
 
 }  // namespace
@@ -225,10 +263,12 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "Native kernels of inpaintrt behind one generic call";
   py::class_<Kernel>(m, "Kernel")
       .def("__call__", &Kernel::operator(), py::arg("args"), py::arg("outs"), py::arg("threads"));
+  py::class_<CudaKernel>(m, "CudaKernel")
+      .def("__call__", &CudaKernel::operator(), py::arg("args"), py::arg("outs"), py::arg("allocate"));
   py::class_<Planner>(m, "Planner")
       .def("__call__", &Planner::operator(), py::arg("args"), py::arg("outs"), py::arg("device_type"));
   m.def("bind_tensor_type", &bind_tensor_type);
-  m.def("cpu_kernel", [](const char* name) { return kernel_or_none(irt_cpu_find(name), irt::dlpack::kCpu); });
+  m.def("cpu_kernel", &cpu_kernel);
   m.def("cpu_kernels", [] {
     py::list names;
     for (int i = 0; i < irt_cpu_count(); ++i) names.append(irt_cpu_name(i));
@@ -239,8 +279,7 @@ PYBIND11_MODULE(_C, m) {
     return plan ? py::cast(Planner{plan}) : py::none();
   });
   m.def("load_cuda", &load_cuda);
-  m.def("cuda_kernel",
-        [](const char* name) { return kernel_or_none(cuda.find ? cuda.find(name) : nullptr, irt::dlpack::kCuda); });
+  m.def("cuda_kernel", &cuda_kernel);
   m.def("cuda_info", [] { return std::string(cuda.info ? cuda.info() : ""); });
   m.def("cpu_isa", [] {
     if (!irt_cpu_isa()) throw py::value_error(irt_cpu_isa_error());

@@ -1,4 +1,4 @@
-// From a plan to a launch: what csrc/cuda/<op>.cu includes to list its kernel instances and register its op.
+// From a plan to its launches: what csrc/cuda/<op>.cu includes to list its kernel instances and register its op.
 //
 // An instance is found by the C++ name that the plan gives it, the same name by which NVRTC compiles it.
 #pragma once
@@ -15,33 +15,38 @@ struct Instance {
   const char* entry;
   const void* kernel;
   uint32_t params_bytes;
+  bool workspace;
 };
 
 template <class Params>
 Instance instance(const char* entry, void (*kernel)(Params)) {
-  return {entry, reinterpret_cast<const void*>(kernel), sizeof(Params)};
+  return {entry, reinterpret_cast<const void*>(kernel), sizeof(Params), false};
+}
+template <class Params>
+Instance instance(const char* entry, void (*kernel)(Params, void*)) {
+  return {entry, reinterpret_cast<const void*>(kernel), sizeof(Params), true};
 }
 
 struct Record {
   const char* name;
-  irt_kernel run;
+  irt_launcher launch;
 };
 
-// Plans `call` and launches it on the call's device and stream. Never synchronises; an empty grid launches nothing.
-void launch(irt_planner plan, const Instance* instances, size_t count, const irt_call& call, irt_status& status);
+// What `irt_launcher` promises, with kernels from the op's list.
+void launch(const Instance* instances, size_t count, const irt_call& call, const irt_plan& plan, void* workspace,
+            irt_status& status);
 
 }  // namespace irt::cuda
 
 // An element of an instance list: the kernel, under its name as written.
 #define IRT_INSTANCE(...) ::irt::cuda::instance(#__VA_ARGS__, &__VA_ARGS__)
 
-// Registers op `name`: its plan is the one of that name, its kernels are in the array that `instances()` returns.
-#define IRT_CUDA_KERNEL(name, instances)                                                                     \
-  static void name##_entry(const irt_call* call, irt_status* status) {                                       \
-    static const irt_planner plan = irt_plan_find(#name);                                                    \
-    const auto& list = instances();                                                                          \
-    ::irt::cuda::launch(plan, list, sizeof list / sizeof list[0], *call, *status);                           \
-  }                                                                                                          \
-  static const ::irt::cuda::Record name##_record = {#name, name##_entry};                                    \
-  __attribute__((section("irt_cuda_kernels"), used)) static const ::irt::cuda::Record* const name##_listed = \
+// Registers op `name`, which launches what the plan of that name says from the array that `instances()` returns.
+#define IRT_CUDA_KERNEL(name, instances)                                                                      \
+  static void name##_entry(const irt_call* call, const irt_plan* plan, void* workspace, irt_status* status) { \
+    const auto& list = instances();                                                                           \
+    ::irt::cuda::launch(list, sizeof list / sizeof list[0], *call, *plan, workspace, *status);                \
+  }                                                                                                           \
+  static const ::irt::cuda::Record name##_record = {#name, name##_entry};                                     \
+  __attribute__((section("irt_cuda_kernels"), used)) static const ::irt::cuda::Record* const name##_listed =  \
       &name##_record;

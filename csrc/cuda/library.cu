@@ -1,5 +1,5 @@
-// The CUDA library's exports and its one launcher. Linked with a static CUDA runtime, which loads the driver at the
-// first call: the library loads on a machine without one, and says what is missing when it is used there.
+// The CUDA library's exports, and how a plan is launched. Linked with a static CUDA runtime, which loads the driver at
+// the first call: the library loads on a machine without one, and says what is missing when it is used there.
 #include <cuda_runtime.h>
 
 #include <cstdio>
@@ -68,54 +68,67 @@ class Device {
   bool changed_ = false;
 };
 
-const Instance* find(const Instance* instances, size_t count, const irt_plan& plan) {
+const Instance* find(const Instance* instances, size_t count, const irt_launch& launch, bool workspace) {
   for (size_t i = 0; i < count; ++i) {
-    if (!strcmp(instances[i].entry, plan.entry) && instances[i].params_bytes == plan.params_bytes) return &instances[i];
+    const Instance& have = instances[i];
+    if (strcmp(have.entry, launch.entry)) continue;
+    return have.params_bytes == launch.params_bytes && have.workspace == workspace ? &have : nullptr;
   }
   return nullptr;
 }
 
+cudaError_t launch_one(const void* kernel, const irt_launch& launch, void* workspace, cudaStream_t stream) {
+  if (launch.shared_bytes > kPlainShared) {
+    const auto bytes = static_cast<int>(launch.shared_bytes);
+    const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+    if (error != cudaSuccess) return error;
+  }
+  void* params[] = {const_cast<unsigned char*>(launch.params), &workspace};  // read up to the kernel's own number
+  const dim3 grid(launch.grid[0], launch.grid[1], launch.grid[2]);
+  const dim3 block(launch.block[0], launch.block[1], launch.block[2]);
+  return cudaLaunchKernel(kernel, grid, block, params, launch.shared_bytes, stream);
+}
+
 }  // namespace
 
-void launch(irt_planner plan, const Instance* instances, size_t count, const irt_call& call, irt_status& status) {
-  irt_plan p{};
-  plan(&call, &p, &status);
-  if (status.code != IRT_OK || !p.grid[0] || !p.grid[1] || !p.grid[2]) return;
-  const Instance* found = find(instances, count, p);
-  if (!found) {  // a plan and an instance list that disagree: a fault of the build, which a test looks for
+void launch(const Instance* instances, size_t count, const irt_call& call, const irt_plan& plan, void* workspace,
+            irt_status& status) {
+  status.code = IRT_OK;
+  status.message[0] = 0;
+  const Instance* found[IRT_MAX_LAUNCHES];
+  for (int i = 0; i < plan.count; ++i) {
+    found[i] = find(instances, count, plan.launches[i], plan.workspace_bytes > 0);
+    if (found[i]) continue;  // else a plan and an instance list disagree: a fault of the build, which a test looks for
     status.code = IRT_UNSUPPORTED;
-    snprintf(status.message, sizeof status.message, "the CUDA library has no instance %s", p.entry);
+    snprintf(status.message, sizeof status.message, "the CUDA library has no instance %s", plan.launches[i].entry);
     return;
   }
+  if (!plan.count) return;
   const Device device(call.device);
-  if (device.error != cudaSuccess) return refuse(status, device.error, p.entry);
-  if (p.shared_bytes > kPlainShared) {
-    const int bytes = static_cast<int>(p.shared_bytes);
-    const cudaError_t error = cudaFuncSetAttribute(found->kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
-    if (error != cudaSuccess) return refuse(status, error, p.entry);
+  if (device.error != cudaSuccess) return refuse(status, device.error, plan.launches[0].entry);
+  for (int i = 0; i < plan.count; ++i) {
+    const auto stream = static_cast<cudaStream_t>(call.stream);
+    const cudaError_t error = launch_one(found[i]->kernel, plan.launches[i], workspace, stream);
+    if (error != cudaSuccess) return refuse(status, error, plan.launches[i].entry);
   }
-  void* params[] = {p.params};
-  const dim3 grid(p.grid[0], p.grid[1], p.grid[2]), block(p.block[0], p.block[1], p.block[2]);
-  const auto stream = static_cast<cudaStream_t>(call.stream);
-  const cudaError_t error = cudaLaunchKernel(found->kernel, grid, block, params, p.shared_bytes, stream);
-  if (error != cudaSuccess) refuse(status, error, p.entry);
 }
 
 }  // namespace irt::cuda
 
-irt_planner irt_plan_find(const char* name) {
+#define IRT_EXPORT extern "C" __attribute__((visibility("default")))
+
+// The planner of op `name`, or null.
+IRT_EXPORT irt_planner irt_plan_find(const char* name) {
   for (auto p = __start_irt_plans; p != __stop_irt_plans; ++p) {
     if (!strcmp((*p)->name, name)) return (*p)->plan;
   }
   return nullptr;
 }
 
-#define IRT_EXPORT extern "C" __attribute__((visibility("default")))
-
-// The kernel of op `name`, or null.
-IRT_EXPORT irt_kernel irt_cuda_find(const char* name) {
+// What launches the plans of op `name`, or null.
+IRT_EXPORT irt_launcher irt_cuda_find(const char* name) {
   for (auto k = __start_irt_cuda_kernels; k != __stop_irt_cuda_kernels; ++k) {
-    if (!strcmp((*k)->name, name)) return (*k)->run;
+    if (!strcmp((*k)->name, name)) return (*k)->launch;
   }
   return nullptr;
 }

@@ -7,7 +7,7 @@ namespace irt::plan {
 namespace {
 
 template <class Offset>
-void fill(irt_plan& plan, const irt_view& y, const irt_view& out, const Loop<2>& loop, int64_t count, int pack,
+void fill(irt_launch& launch, const irt_view& y, const irt_view& out, const Loop<2>& loop, int64_t count, int pack,
           float alpha, float gain, size_t element) {
   GatedActivation<Offset> p{};
   p.features = y.data;
@@ -17,7 +17,7 @@ void fill(irt_plan& plan, const irt_view& y, const irt_view& out, const Loop<2>&
   p.nest = nest<Offset>(loop, pack);
   p.alpha = alpha;
   p.gain = gain;
-  set_params(plan, p);
+  set_params(launch, p);
 }
 
 // (y, activation, alpha, gain) -> out
@@ -38,7 +38,7 @@ void planned(const irt_call& call, irt_plan& plan, irt_status& status, bool alwa
   if (!type.per_vector) return fail(status, IRT_UNSUPPORTED, "dtype must be float32, bfloat16 or float16");
 
   const Loop<2> loop(4, out.sizes, {out.strides, y->strides});  // operands as in GatedActivation
-  if (loop.total() == 0) return;                                // an empty grid: nothing to do
+  if (loop.total() == 0) return;                                // no launch: nothing to do
   const int64_t to_gates = out.sizes[1] * y->strides[1];
   const bool vector =
       packable(loop, type.per_vector) && to_gates % type.per_vector == 0 && aligned(y->data) && aligned(out.data);
@@ -48,12 +48,13 @@ void planned(const irt_call& call, irt_plan& plan, irt_status& status, bool alwa
   constexpr int kThreads = GatedActivation<int>::kThreads;
   // A last block's idle threads count too, since they compute their index before they leave.
   const bool wide = always_wide || extent(loop, 0) > kNarrow || extent(loop, 1) > kNarrow || count + kThreads > kNarrow;
-  if (!set_grid(plan, count, kThreads, status)) return;
+  irt_launch* const launch = add_launch(plan, count, kThreads, status);
+  if (!launch) return;
   const float alpha = static_cast<float>(float_arg(call.args[2], default_alpha(act)));
   const float gain = static_cast<float>(float_arg(call.args[3], 1.0));
   const size_t element = 16 / static_cast<size_t>(type.per_vector);
-  (wide ? fill<long long> : fill<int>)(plan, *y, out, loop, count, pack, alpha, gain, element);
-  snprintf(plan.entry, sizeof plan.entry, "irt::gated_activation<%s, %d, %s, irt::Act::%s>", type.name, pack,
+  (wide ? fill<long long> : fill<int>)(*launch, *y, out, loop, count, pack, alpha, gain, element);
+  snprintf(launch->entry, sizeof launch->entry, "irt::gated_activation<%s, %d, %s, irt::Act::%s>", type.name, pack,
            wide ? "long long" : "int", call.args[1].s);
 }
 

@@ -5,6 +5,7 @@
 #pragma once
 
 #define INPAINTRT_ISA plan
+#include <cassert>
 #include <cstddef>
 #include <type_traits>
 
@@ -18,6 +19,7 @@
   static void name##_entry(const irt_call* call, irt_plan* out, irt_status* status) { \
     clear(*out);                                                                      \
     if (well_formed(*call, *status)) name(*call, *out, *status);                      \
+    if (status->code != IRT_OK) clear(*out);                                          \
   }                                                                                   \
   static const ::irt::PlanRecord name##_record = {#name, name##_entry};               \
   __attribute__((section("irt_plans"), used)) static const ::irt::PlanRecord* const name##_listed = &name##_record;
@@ -79,31 +81,35 @@ Nest<Offset, kOperands> nest(const Loop<kOperands>& loop, int pack) {
   return result;
 }
 
-// An empty grid. The parameters' bytes stay as they are: nobody reads more of them than `params_bytes`.
+// No launches. What the array of launches holds stays as it is: nobody reads beyond `count`.
 static inline void clear(irt_plan& plan) {
-  plan.entry[0] = 0;
-  for (int i = 0; i < 3; ++i) plan.grid[i] = plan.block[i] = 0;
-  plan.shared_bytes = plan.params_bytes = 0;
+  plan.workspace_bytes = 0;
+  plan.count = 0;
 }
 
-template <class Params>
-void set_params(irt_plan& plan, const Params& params) {
-  static_assert(std::is_trivially_copyable_v<Params> && sizeof(Params) <= sizeof plan.params);
-  memcpy(plan.params, &params, sizeof params);
-  plan.params_bytes = sizeof params;
-}
-
-// A one-dimensional grid of whole blocks over `count` threads; false, with a status, where no grid is large enough.
-static inline bool set_grid(irt_plan& plan, int64_t count, int threads, irt_status& status) {
+// Appends a launch of whole blocks over `count` > 0 threads in one dimension, which still lacks its entry and its
+// parameters; null, with a status, where no grid is large enough.
+static inline irt_launch* add_launch(irt_plan& plan, int64_t count, int threads, irt_status& status) {
   const int64_t blocks = (count + threads - 1) / threads;
   if (blocks > kMaxBlocks) {
     fail(status, IRT_UNSUPPORTED, "the tensors have more elements than one launch can cover");
-    return false;
+    return nullptr;
   }
-  plan.grid[0] = static_cast<uint32_t>(blocks);
-  plan.block[0] = static_cast<uint32_t>(threads);
-  plan.grid[1] = plan.grid[2] = plan.block[1] = plan.block[2] = 1;
-  return true;
+  assert(plan.count < IRT_MAX_LAUNCHES);
+  irt_launch& launch = plan.launches[plan.count++];
+  launch.entry[0] = 0;
+  launch.grid[0] = static_cast<uint32_t>(blocks);
+  launch.block[0] = static_cast<uint32_t>(threads);
+  launch.grid[1] = launch.grid[2] = launch.block[1] = launch.block[2] = 1;
+  launch.shared_bytes = launch.params_bytes = 0;
+  return &launch;
+}
+
+template <class Params>
+void set_params(irt_launch& launch, const Params& params) {
+  static_assert(std::is_trivially_copyable_v<Params> && sizeof(Params) <= sizeof launch.params);
+  memcpy(launch.params, &params, sizeof params);
+  launch.params_bytes = sizeof params;
 }
 
 }  // namespace irt::plan

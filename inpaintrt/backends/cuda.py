@@ -6,6 +6,7 @@ import json
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from inpaintrt.runtime import native
 from inpaintrt.runtime.spec import Args, Outputs
@@ -50,6 +51,15 @@ def launcher(op: str) -> Launcher:
     kernel = native.library().cuda_kernel(op)
 
     def launch(args: Args, outs: Outputs) -> None:
-        kernel(args, outs, 0)
+        kernel(args, outs, workspace)
 
     return launch
+
+
+def workspace(like: Tensor, size: int) -> Tensor:
+    """`size` bytes on `like`'s device for the launches of one call.
+
+    The memory belongs to torch's current stream there: it may be dropped once they are on that stream, and while a CUDA
+    graph is captured it comes from the graph's own pool.
+    """
+    return torch.empty(size, dtype=torch.uint8, device=like.device)

@@ -1,7 +1,7 @@
 """The CUDA C++ kernels (csrc/cuda/<op>.cuh) compiled at run time by NVRTC through CuPy, for installations without nvcc.
 
-Geometry, parameters and the instance's C++ name come from the op's launch plan in the native library, the same that the
-nvcc-built kernels use. An instance is compiled at its first launch on a device, in about a second; CuPy keeps what it
+Geometry, parameters and the instances' C++ names come from the op's launch plan in the native library, the same that the
+nvcc-built kernels use. Instances are compiled at their first launch on a device, in about a second; CuPy keeps what it
 compiled on disk.
 """
 
@@ -20,9 +20,12 @@ from inpaintrt.runtime import native
 from inpaintrt.runtime.spec import Args, Outputs
 
 from . import Launcher
+from .cuda import workspace
 
 _CUDA = 2  # DLPack's device type
 _OLDEST = (8, 0)
+_PLAIN_SHARED = 48 * 1024  # bytes of dynamic shared memory that any kernel may use
+_Three = tuple[int, int, int]
 
 
 @functools.cache
@@ -46,25 +49,39 @@ def missing(op: str, device: torch.device) -> str:
 
 def launcher(op: str) -> Launcher:
     planner = native.library().planner(op)
-    kernels: dict[tuple[str, int], Any] = {}
+    kernels: dict[tuple[str, int], _Kernel] = {}
 
     def launch(args: Args, outs: Outputs) -> None:
-        entry, grid, block, shared_bytes, params = planner(args, outs, _CUDA)
-        if 0 in grid:
+        launches, workspace_bytes = planner(args, outs, _CUDA)
+        if not launches:
             return
-        cupy = _module("cupy")
         device = outs[0].get_device()
-        kernel = kernels.get((entry, device))
-        with cupy.cuda.Device(device), _stream(torch.cuda.current_stream(device).cuda_stream):
-            if kernel is None:
-                kernel = kernels[entry, device] = _compile(op, entry)
-                if shared_bytes > kernel.max_dynamic_shared_size_bytes:
-                    kernel.max_dynamic_shared_size_bytes = shared_bytes
-            # A NumPy array of one element is passed by value: the plan's parameter struct, as opaque bytes.
-            value = np.frombuffer(params, dtype=np.dtype((np.void, len(params))))
-            kernel(grid, block, (value,), shared_mem=shared_bytes)
+        with _module("cupy").cuda.Device(device), _stream(_current_stream(device)):
+            absent = tuple(dict.fromkeys(entry for entry, *_ in launches if (entry, device) not in kernels))
+            if absent:  # all of them, before anything is launched
+                kernels.update(((entry, device), kernel) for entry, kernel in _compile(op, absent).items())
+            memory = workspace(outs[0], workspace_bytes) if workspace_bytes else None
+            pointer = () if memory is None else (np.uintp(memory.data_ptr()),)
+            for entry, grid, block, shared_bytes, params in launches:
+                # A NumPy array of one element is passed by value: the plan's parameter struct, as opaque bytes.
+                value = np.frombuffer(params, dtype=np.dtype((np.void, len(params))))
+                kernels[entry, device](grid, block, (value, *pointer), shared_bytes)
 
     return launch
+
+
+class _Kernel:
+    """A compiled instance on one device, allowed as much dynamic shared memory as a launch has asked for."""
+
+    def __init__(self, function: Any) -> None:
+        self._function = function
+        self._allowed = _PLAIN_SHARED
+
+    def __call__(self, grid: _Three, block: _Three, args: tuple[Any, ...], shared_bytes: int) -> None:
+        if shared_bytes > self._allowed:
+            self._function.max_dynamic_shared_size_bytes = shared_bytes
+            self._allowed = shared_bytes
+        self._function(grid, block, args, shared_mem=shared_bytes)
 
 
 def source(op: str) -> str:
@@ -73,7 +90,9 @@ def source(op: str) -> str:
     digest = hashlib.sha256()
     for path in sorted((*folder.glob("cuda/*.cuh"), *folder.glob("plan/*.h"))):
         digest.update(path.read_bytes())
-    stem = op.removesuffix("_wide").removesuffix("_backward")
+    stem = op  # "x_backward" and other variants of x are in x's file
+    while stem and not (folder / "cuda" / f"{stem}.cuh").exists():
+        stem = stem.rpartition("_")[0]
     return f'// {digest.hexdigest()}\n#include "cuda/{stem}.cuh"\n'
 
 
@@ -82,11 +101,12 @@ def options() -> tuple[str, ...]:
     return ("-std=c++17", f"-I{native.source_folder()}")
 
 
-def _compile(op: str, entry: str) -> Any:
+def _compile(op: str, entries: tuple[str, ...]) -> dict[str, _Kernel]:
     if torch.cuda.is_current_stream_capturing():
-        raise RuntimeError(f"{entry} is not compiled yet and a CUDA graph is being captured: call the op once before")
-    module = _module("cupy").RawModule(code=source(op), options=options(), name_expressions=(entry,))
-    return module.get_function(entry)
+        names = ", ".join(entries)
+        raise RuntimeError(f"not compiled yet: {names}; a CUDA graph is being captured: call the op once before")
+    module = _module("cupy").RawModule(code=source(op), options=options(), name_expressions=entries)
+    return {entry: _Kernel(module.get_function(entry)) for entry in entries}
 
 
 @functools.cache
@@ -115,6 +135,10 @@ class _Foreign:
 
     def __cuda_stream__(self) -> tuple[int, int]:
         return 0, self.pointer
+
+
+def _current_stream(device: int) -> int:
+    return torch.cuda.current_stream(device).cuda_stream
 
 
 @functools.lru_cache(maxsize=256)

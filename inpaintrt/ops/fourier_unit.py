@@ -67,6 +67,12 @@ def _out(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None
     return (torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=memory_format(x)),)
 
 
+def _cuda_refuses(x: Tensor, *rest: object) -> Iterator[str]:
+    """Heights and widths above 3840, whose transforms do not fit into shared memory."""
+    if max(x.shape[2:]) > 3840:
+        yield f"h and w are {x.shape[2]} and {x.shape[3]}; a transform in shared memory has at most 3840 points"
+
+
 def _samples(level: str) -> Iterator[Sample]:
     def sample(id: str, b: int, c: int, co: int, h: int, w: int, bias: bool = True, residual: bool = True) -> Sample:
         shapes: dict[str, tuple[int, ...]] = {"x": (b, c, h, w), "weight": (2 * co, 2 * c, 1, 1)}
@@ -112,7 +118,7 @@ SPEC = OpSpec(
     summary="rfft2, channel mix, ReLU, irfft2: the spectral part of a fast Fourier convolution",
     reference=_reference,
     out=_out,
-    lanes={"cuda": Lane(), "cupy": Lane(), "triton": Lane(), "cpu": Lane()},
+    lanes={"cuda": Lane(refuses=_cuda_refuses), "cupy": Lane(refuses=_cuda_refuses), "triton": Lane(), "cpu": Lane()},
     samples=_samples,
     cost=_cost,
 )

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-ABI = 1
+ABI = 2
 
 
 @functools.cache

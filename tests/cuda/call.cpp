@@ -1,43 +1,66 @@
-// Loads the CUDA library as a C++ product would and calls gated_activation with host memory: `call LIBRARY`. Prints the
-// library's description, then the status. Only for machines without a driver, where nothing can be launched.
+// Loads the CUDA library as a C++ product would and calls two ops with host memory: `call LIBRARY`. Prints the library's
+// description, then a status for each call. Only for machines without a driver, where nothing can be launched.
 #include <dlfcn.h>
 
 #include <cstdio>
+#include <vector>
 
 #include "inpaintrt/abi.h"
+
+namespace {
+
+irt_planner (*find_plan)(const char*);
+irt_launcher (*find)(const char*);
+
+irt_value tensor(const irt_view& view) {
+  irt_value value = {};
+  value.kind = IRT_TENSOR;
+  value.tensors = &view;
+  return value;
+}
+
+// Plans a call, provides the workspace, launches.
+bool run(const char* op, const irt_value* args, const irt_view& out) {
+  const irt_planner planner = find_plan(op);
+  const irt_launcher launcher = find(op);
+  if (!planner || !launcher) return false;
+  irt_call call = {};
+  call.args = args;
+  call.nargs = 4;
+  call.outs = &out;
+  call.nouts = 1;
+  irt_plan plan;
+  irt_status status;
+  planner(&call, &plan, &status);
+  if (status.code != IRT_OK) return false;
+  std::vector<char> workspace(plan.workspace_bytes);
+  launcher(&call, &plan, workspace.data(), &status);
+  printf("%s %d %d %s\n", op, plan.count, status.code, status.message);
+  return true;
+}
+
+}  // namespace
 
 int main(int argc, char** argv) {
   void* library = argc > 1 ? dlopen(argv[1], RTLD_NOW | RTLD_LOCAL) : nullptr;
   if (!library) return fprintf(stderr, "%s\n", dlerror()), 2;
-  const auto find = reinterpret_cast<irt_kernel (*)(const char*)>(dlsym(library, "irt_cuda_find"));
   const auto info = reinterpret_cast<const char* (*)()>(dlsym(library, "irt_cuda_info"));
-  if (!find || !info || find("no_such_op")) return 3;
-  const irt_kernel kernel = find("gated_activation");
-  if (!kernel) return 4;
+  find_plan = reinterpret_cast<decltype(find_plan)>(dlsym(library, "irt_plan_find"));
+  find = reinterpret_cast<decltype(find)>(dlsym(library, "irt_cuda_find"));
+  if (!info || !find_plan || !find || find("no_such_op") || find_plan("no_such_op")) return 3;
+  printf("%s\n", info());
 
-  alignas(16) float y[8] = {}, out[4] = {};
-  const irt_view input = {y, IRT_F32, 4, {1, 2, 2, 2}, {8, 4, 2, 1}};
-  irt_view output = {out, IRT_F32, 4, {1, 1, 2, 2}, {4, 4, 2, 1}};
-  irt_value args[4] = {};
-  args[0].kind = IRT_TENSOR;
-  args[0].tensors = &input;
-  args[1].kind = IRT_STRING;
-  args[1].s = "elu";
-  irt_call call = {};
-  call.args = args;
-  call.nargs = 4;
-  call.outs = &output;
-  call.nouts = 1;
-  irt_status status = {};
-  kernel(&call, &status);
-  printf("%s\n%d %s\n", info(), status.code, status.message);
+  alignas(16) float x[8] = {}, out[8] = {}, weight[16] = {};
+  irt_view input = {x, IRT_F32, 4, {1, 2, 2, 2}, {8, 4, 2, 1}}, half = {out, IRT_F32, 4, {1, 1, 2, 2}, {4, 4, 2, 1}};
+  const irt_view whole = {out, IRT_F32, 4, {1, 2, 2, 2}, {8, 4, 2, 1}}, matrix = {weight, IRT_F32, 2, {4, 4}, {4, 1}};
+  irt_value elu = {};
+  elu.kind = IRT_STRING;
+  elu.s = "elu";
+  const irt_value gated[4] = {tensor(input), elu};  // the rest is absent
+  const irt_value fourier[4] = {tensor(input), tensor(matrix)};
+  if (!run("gated_activation", gated, half) || !run("fourier_unit", fourier, whole)) return 4;
+  if (!run("fourier_unit_unfused", fourier, whole)) return 4;
 
-  output.sizes[0] = 0;  // nothing to do needs no device
-  irt_view none = input;
-  none.sizes[0] = 0;
-  args[0].tensors = &none;
-  status = {};
-  kernel(&call, &status);
-  printf("%d %s\n", status.code, status.message);
-  return 0;
+  input.sizes[0] = half.sizes[0] = 0;  // nothing to do needs no device
+  return run("gated_activation", gated, half) ? 0 : 4;
 }

@@ -14,8 +14,9 @@
 extern "C" {
 #endif
 
-#define IRT_ABI_VERSION 1
+#define IRT_ABI_VERSION 2
 #define IRT_MAX_DIMS 6
+#define IRT_MAX_LAUNCHES 8
 
 typedef enum irt_dtype {
   IRT_F32 = 0,
@@ -85,18 +86,29 @@ typedef struct irt_status {
  * negative counts, unknown kinds, sizes that overflow, arguments an op does not have) is IRT_BAD_ARGUMENT. */
 typedef void (*irt_kernel)(const irt_call* call, irt_status* status);
 
-/* Where and with what a CUDA kernel is launched: computed once, in plain host C++, for the nvcc and the NVRTC path
- * alike. */
-typedef struct irt_plan {
+/* One launch of a CUDA kernel: computed in plain host C++, for the nvcc and the NVRTC path alike. */
+typedef struct irt_launch {
   char entry[192]; /* the C++ name expression of the kernel instance, e.g. "irt::gated_activation<float, 3>" */
   uint32_t grid[3];
   uint32_t block[3];
-  uint32_t shared_bytes;
+  uint32_t shared_bytes; /* dynamic shared memory; a kernel has to be allowed more than 48 KB before its launch */
   uint32_t params_bytes;
-  unsigned char params[1024]; /* the kernel's only parameter, passed by value; empty grid = nothing to do */
+  unsigned char params[1024]; /* the kernel's first parameter, passed by value */
+} irt_launch;
+
+/* What a call launches, in this order on one stream; no launches = nothing to do. If there is a workspace, each kernel
+ * has a second parameter: its address, `void*`, a multiple of 256. What it holds is lost after the last launch. */
+typedef struct irt_plan {
+  int64_t workspace_bytes; /* of device memory */
+  int32_t count;           /* of launches */
+  irt_launch launches[IRT_MAX_LAUNCHES];
 } irt_plan;
 
 typedef void (*irt_planner)(const irt_call* call, irt_plan* plan, irt_status* status);
+
+/* Puts a plan's launches on the call's stream and does not wait for them. `workspace`: plan->workspace_bytes of the
+ * call's device, the kernels' own until the stream has passed them; unused where the plan needs none. */
+typedef void (*irt_launcher)(const irt_call* call, const irt_plan* plan, void* workspace, irt_status* status);
 
 /* CPU kernels, at the best ISA of this machine or the one forced with INPAINTRT_CPU_ISA (scalar, avx2, avx512). */
 int irt_abi_version(void);
