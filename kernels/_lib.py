@@ -180,6 +180,21 @@ def dot(a, b, acc, PRECISION: tl.constexpr = "ieee"):
     return acc
 
 
+@triton.jit
+def dot_chunk(a, b, acc, PRECISION: tl.constexpr = "ieee"):
+    """acc + a @ b, where the product is summed by itself before it joins acc: what long float32 sums are made of.
+
+    `dot` carries one running sum through all of K, with a rounding error that grows with √K; this keeps two sums of
+    about √K terms each. max_num_imprecise_acc means nothing for these dtypes: it is there because Triton's optimiser
+    would else make the addition the dot's accumulator, and so `dot` of this.
+    """
+    if INTERPRETING:
+        part = tl.dot(to_float32(a), to_float32(b), input_precision="ieee", out_dtype=tl.float32)
+    else:
+        part = tl.dot(a, b, input_precision=PRECISION, max_num_imprecise_acc=1, out_dtype=tl.float32)
+    return acc + part
+
+
 # ---- elementwise iteration over tensors of any strides --------------------------------------------------------------
 
 
@@ -301,8 +316,12 @@ class Budget:
     shared_bytes: int
 
 
-def run(launch: Launch | None, outs: Sequence[Tensor]) -> None:
-    """Start it on the current stream of the outputs' device; None (nothing to compute) starts nothing."""
-    if launch is not None:
+def run(launches: Launch | Sequence[Launch] | None, outs: Sequence[Tensor]) -> None:
+    """Start one launch, or several in order, on the current stream of the outputs' device; None starts nothing.
+
+    Workspaces may be dropped as soon as this returns: torch's allocator reuses memory in the stream's order.
+    """
+    if launches is not None:
         with torch.cuda.device_of(outs[0]):  # does nothing for the interpreter's CPU tensors
-            launch.kernel[launch.grid](*launch.args, **launch.constants, **launch.options)
+            for launch in (launches,) if isinstance(launches, Launch) else launches:
+                launch.kernel[launch.grid](*launch.args, **launch.constants, **launch.options)

@@ -103,7 +103,8 @@ def measure(op: str, variant: str, launch: Launch, arch: int) -> Usage:
 def source(launch: Launch) -> Any:
     """The launch as Triton's compiler input, specialised as the JIT would.
 
-    That is on aligned pointers, and on integers that are 1 or multiples of 16 unless `do_not_specialize` names them.
+    That is on aligned pointers, on None, and on integers that are 1 or multiples of 16 unless `do_not_specialize` names
+    them.
     """
     signature: dict[str, str] = {}
     constants: dict[str, Any] = {}
@@ -113,7 +114,7 @@ def source(launch: Launch) -> Any:
     for index, parameter in enumerate(launch.kernel.params):
         value = arguments[parameter.name]
         specialised = not parameter.do_not_specialize
-        if parameter.is_constexpr or (specialised and type(value) is int and value == 1):
+        if parameter.is_constexpr or value is None or (specialised and type(value) is int and value == 1):
             signature[parameter.name], constants[parameter.name] = "constexpr", value
         elif isinstance(value, Tensor):
             signature[parameter.name] = _POINTERS[value.dtype]
@@ -126,7 +127,7 @@ def source(launch: Launch) -> Any:
                 attributes[(index,)] = aligned
         else:
             raise TypeError(
-                f"kernel argument {parameter.name} is {value!r}; accepted: tensor, int, float, or a constexpr"
+                f"kernel argument {parameter.name} is {value!r}; accepted: tensor, int, float, None, or a constexpr"
             )
     return ASTSource(launch.kernel, signature, constexprs=constants, attrs=attributes)
 

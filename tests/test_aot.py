@@ -5,16 +5,19 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("TRITON_INTERPRET=1 replaces the compiler that is tested here", allow_module_level=True)
 triton = pytest.importorskip("triton")
 
-from inpaintrt.kernels import _lib, aot, gated_activation  # noqa: E402
+import triton.language as tl  # noqa: E402
+from inpaintrt.kernels import _lib, aot, fourier_unit, gated_activation  # noqa: E402
 
 
 @pytest.fixture(autouse=True)
@@ -101,3 +104,50 @@ def test_layouts_compile_to_wide_accesses() -> None:
         accesses = [line for line in compiled.asm["ptx"].splitlines() if "ld.global" in line or "st.global" in line]
         assert accesses, label
         assert all((".v4.b32" in line) == ("strided" not in label) for line in accesses), label
+
+
+@triton.jit
+def _product(a, b, c, k, CHUNK: tl.constexpr):
+    m, j = tl.arange(0, 32), tl.arange(0, 16)
+    acc = tl.zeros((32, 32), tl.float32)
+    for first in range(0, k, 16):
+        left = tl.load(a + m[:, None] * k + (first + j)[None, :])
+        right = tl.load(b + (first + j)[:, None] * 32 + m[None, :])
+        acc = _lib.dot_chunk(left, right, acc) if CHUNK else _lib.dot(left, right, acc)
+    tl.store(c + m[:, None] * 32 + m[None, :], acc)
+
+
+def _assembly(launch: _lib.Launch) -> dict[str, str]:
+    target, options = aot.GPUTarget("cuda", 90, 32), dict(launch.options)
+    return dict(triton.compile(aot.source(launch), target=target, options=options).asm)
+
+
+def _chained(assembly: dict[str, str]) -> list[bool]:
+    """For each dot of a program, whether its sum goes on from a variable and not from zeros."""
+    return [not start.startswith("%cst") for start in re.findall(r"tt\.dot [^,]+, [^,]+, (%\w+)", assembly["ttir"])]
+
+
+def test_the_compiler_keeps_chunked_sums_apart() -> None:
+    """Triton turns `acc + dot(a, b)` into `dot(a, b, acc)`: faster by one addition, and √K times less accurate."""
+    t = torch.empty(1, device="meta")
+    for chunk in (False, True):
+        options = {"num_warps": 4, "enable_fp_fusion": False}
+        assembly = _assembly(_lib.Launch(_product, (1,), (t, t, t, 100), {"CHUNK": chunk}, options))
+        assert _chained(assembly) == [not chunk]
+
+
+def test_spectra_are_ieee_float32_in_chunks() -> None:
+    launches = dict(fourier_unit.variants())
+    for stage in ("rows", "columns", "mix", "columns back", "rows back"):
+        assembly = _assembly(launches[f"forward float32 NHWC {stage}"])
+        assert _chained(assembly) == [False, False], stage
+        assert "fma.rn.f32" in assembly["ptx"], stage
+        assert "mma" not in assembly["ptx"], f"{stage} computes on tensor cores, which round operands"
+
+
+def test_none_is_a_constant() -> None:
+    launches = dict(fourier_unit.variants())
+    bare, full = (launches[f"forward float32 {layout} rows back"] for layout in ("NCHW", "NHWC"))
+    assert None in bare.args
+    assert aot.source(bare).signature["residual"] == "constexpr"
+    assert aot.source(full).signature["residual"] == "*fp32"

@@ -5,10 +5,12 @@ Grids stay small: the interpreter takes milliseconds per program.
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
+import mmap
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -20,10 +22,12 @@ if os.environ.get("TRITON_INTERPRET") != "1":  # Triton reads it when it is impo
 triton = pytest.importorskip("triton")
 
 import triton.language as tl  # noqa: E402
-from inpaintrt.kernels import _lib, gated_activation  # noqa: E402
+from inpaintrt.kernels import _lib, fourier_unit, gated_activation  # noqa: E402
 
 from inpaintrt.ops import _shared  # noqa: E402
+from inpaintrt.ops.fourier_unit import SPEC as FOURIER  # noqa: E402
 from inpaintrt.ops.gated_activation import SPEC  # noqa: E402
+from inpaintrt.testing import close_to_truth  # noqa: E402
 
 # numpy, which computes for the interpreter, reports the overflows that these tests provoke.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
@@ -91,7 +95,7 @@ def assert_as_good(actual: Tensor, truth: Tensor, baseline: Tensor) -> None:
     assert error <= allowed + band, f"error {error:.3e}, allowed {allowed:.3e} + {band:.3e}"
 
 
-# ---- the op ---------------------------------------------------------------------------------------------------------
+# ---- gated_activation -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -220,6 +224,138 @@ def test_default_alpha_is_the_ops() -> None:
             assert _lib.resolve_alpha(activation, alpha) == expected
 
 
+# ---- fourier_unit ---------------------------------------------------------------------------------------------------
+
+
+def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tiles so small that small tensors have many, with edges of every kind."""
+    monkeypatch.setattr(fourier_unit, "transform_config", lambda n, wide: {"POINTS": 4, "LINES": 16, "STEP": 4})
+    monkeypatch.setattr(fourier_unit, "mix_config", lambda wide: {"BINS": 16, "PARTS": 4, "STEP": 4})
+
+
+def fourier_args(b: int, c: int, co: int, h: int, w: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return torch.randn(b, c, h, w), torch.randn(2 * co, 2 * c, 1, 1), torch.randn(2 * co), torch.randn(b, co, h, w)
+
+
+def fourier(args: Sequence[Tensor | None]) -> Tensor:
+    (out,) = FOURIER.out(*args)
+    fourier_unit.launch(args, (out.fill_(math.nan),))
+    return out
+
+
+def share_of_tolerance(out: Tensor, args: Sequence[Tensor | None]) -> float:
+    """The error as a share of what the tolerance rule allows."""
+    exact = FOURIER.run_reference(*(None if a is None else a.double() for a in args))
+    return close_to_truth(out, exact, FOURIER.run_reference(*args)).share
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 4, 5, 6, 7, 8, 9, 15, 16, 17, 18])
+def test_any_size_in_many_tiles(n: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    small_tiles(monkeypatch)
+    for h, w in ((n, 3), (2, n)):
+        args = fourier_args(1, 2, 3, h, w)
+        assert share_of_tolerance(fourier(args), args) <= 1
+
+
+@pytest.mark.parametrize("layout", [*LAYOUTS, "out_of_nan"])
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_any_strides_of_every_tensor(dtype: torch.dtype, layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    small_tiles(monkeypatch)
+    move = LAYOUTS.get(layout, lambda t: out_of_nan(t, offset=3))
+    x, weight, bias, residual = (t.to(dtype) for t in fourier_args(1, 3, 2, 4, 5))
+    weight = weight.flatten(1).t().contiguous().t()  # two-dimensional, rows adjacent
+    bias = torch.stack([bias, torch.full_like(bias, math.nan)], 1)[:, 0]
+    args = (move(x), weight, bias, move(residual))
+    out, buffer = poison(tuple(args[3].shape), dtype, (3, 0, 2, 1))
+    fourier_unit.launch(args, (out,))
+    assert share_of_tolerance(out, args) <= 1
+    assert margins_untouched(buffer)
+
+
+@pytest.mark.parametrize(
+    "shape", [(2, 3, 2, 8, 8), (1, 1, 5, 7, 9), (2, 5, 1, 1, 16), (1, 2, 2, 17, 1), (3, 4, 4, 4, 2)]
+)
+def test_workspaces_are_written_before_read_and_only_inside(
+    shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small_tiles(monkeypatch)
+    args = fourier_args(*shape)
+    expected = fourier(args)
+    out, buffer = poison(tuple(expected.shape), torch.float32)
+    launches = fourier_unit.forward(args, (out,))
+    own = {t.data_ptr() for t in (*args, out)}
+    buffers: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def poisoned(value: Any) -> Any:
+        if not isinstance(value, Tensor) or value.data_ptr() in own or value.dim() == 2:  # tables have two dimensions
+            return value
+        return buffers.setdefault(value.data_ptr(), poison((1, 1, 1, value.numel()), torch.float32))[0]
+
+    _lib.run([dataclasses.replace(k, args=tuple(map(poisoned, k.args))) for k in launches], (out,))
+    assert torch.equal(out, expected)
+    assert len(buffers) == 2
+    assert margins_untouched(buffer)
+    assert all(margins_untouched(b) for _, b in buffers.values())
+
+
+def test_wide_offsets_change_nothing_in_a_transform(monkeypatch: pytest.MonkeyPatch) -> None:
+    small_tiles(monkeypatch)
+    args = fourier_args(2, 3, 2, 6, 7)
+    narrow = fourier(args)
+    monkeypatch.setattr(fourier_unit, "needs_wide", lambda *tensors: True)
+    assert all(launch.constants["WIDE"] for launch in fourier_unit.forward(args, (narrow,)))
+    assert torch.equal(fourier(args), narrow)
+
+
+@pytest.mark.parametrize("far_dimension", range(4))
+def test_offsets_beyond_32_bits(far_dimension: int) -> None:
+    """Elements 2³⁰ apart, in memory that is reserved but, except for a few pages, not there."""
+    far, shape, strides = 2**30, [2, 2, 2, 2], [8, 4, 2, 1]
+    shape[far_dimension], strides[far_dimension] = 3, far
+    reserved = mmap.mmap(-1, 8 * far, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x4000)  # MAP_NORESERVE
+    memory = torch.frombuffer(reserved, dtype=torch.float16)
+    x, out = memory.as_strided(shape, strides), memory.as_strided(shape, strides, 64)
+    args = (x.copy_(torch.randn(shape)), torch.randn(2 * shape[1], 2 * shape[1]).half(), None, x)
+    assert fourier_unit.forward(args, (out,))[0].constants["WIDE"]
+    fourier_unit.launch(args, (out,))
+    assert share_of_tolerance(out, args) <= 1
+
+
+@pytest.mark.parametrize("shape", [(1, 2, 2, 2, 1023), (1, 2, 2, 1024, 2)])
+def test_long_sums_in_a_gpus_order(shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU's dot is one chain of fused multiply-adds from its accumulator on; numpy's product here is kinder."""
+    from triton.runtime import interpreter
+
+    def create_dot(self: Any, a: Any, b: Any, acc: Any, *_: Any) -> Any:
+        total = acc.data
+        for k in range(a.data.shape[1]):
+            total = (total + a.data[:, k, None].astype("f8") * b.data[None, k].astype("f8")).astype("f4")
+        return interpreter.TensorHandle(total, acc.dtype.scalar)
+
+    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", create_dot)
+    # Few programs, which the interpreter likes; the length of a chunk is the one in use.
+    step = fourier_unit.transform_config(1023, False)["STEP"]
+    transform = {n: {"POINTS": 512 if n > 2 else 2, "LINES": 64, "STEP": step} for n in (2, 1023, 1024)}
+    monkeypatch.setattr(fourier_unit, "transform_config", lambda n, wide: transform[n])
+    monkeypatch.setattr(fourier_unit, "mix_config", lambda wide: {"BINS": 512, "PARTS": 8, "STEP": 8})
+    x, weight, bias, _ = fourier_args(*shape)
+    args = ((2 * x).relu() + 1, weight, bias, None)  # as in LaMa: not negative, so that running sums grow
+    chunks = share_of_tolerance(fourier(args), args)
+    monkeypatch.setattr(fourier_unit, "dot_chunk", _lib.dot)
+    chain = share_of_tolerance(fourier(args), args)
+    assert chunks < 0.5
+    assert chain > 2 * chunks, "a plain dot would do: this test proves nothing"
+
+
+def test_a_table_is_not_made_during_capture(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with pytest.raises(RuntimeError, match=r"transforms of 6 points is not on cuda:0 yet.*before the capture"):
+        fourier_unit._table(6, torch.device("cuda:0"))
+    table = fourier_unit._table(6, torch.device("cpu"))
+    angle = torch.arange(6, dtype=torch.float64) * (math.pi / 3)
+    assert torch.equal(table, torch.stack([angle.cos(), angle.sin()], 1).float())
+
+
 # ---- the shared pieces ----------------------------------------------------------------------------------------------
 
 
@@ -320,16 +456,18 @@ def test_conversions_are_torchs(dtype: torch.dtype) -> None:
 
 
 @triton.jit
-def _matmul(a, b, c, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr):
+def _matmul(a, b, c, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, CHUNK: tl.constexpr):
     m, n, k = tl.arange(0, M)[:, None], tl.arange(0, N)[None, :], tl.arange(0, K)
     acc = tl.load(c + m * N + n)
-    acc = _lib.dot(tl.load(a + m * K + k[None, :]), tl.load(b + k[:, None] * N + n), acc)
+    a, b = tl.load(a + m * K + k[None, :]), tl.load(b + k[:, None] * N + n)
+    acc = _lib.dot_chunk(a, b, acc) if CHUNK else _lib.dot(a, b, acc)
     tl.store(c + m * N + n, acc)
 
 
+@pytest.mark.parametrize("chunk", [False, True], ids=["dot", "dot_chunk"])
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
-def test_dot_is_right_in_the_interpreter(dtype: torch.dtype) -> None:
+def test_dot_is_right_in_the_interpreter(dtype: torch.dtype, chunk: bool) -> None:
     a, b, c = torch.randn(16, 64).to(dtype), torch.randn(64, 32).to(dtype), torch.randn(16, 32)
     expected = c.double() + a.double() @ b.double()
-    _matmul[(1,)](a, b, c, 16, 32, 64)
+    _matmul[(1,)](a, b, c, 16, 32, 64, chunk)
     torch.testing.assert_close(c.double(), expected, rtol=1e-5, atol=1e-5)
