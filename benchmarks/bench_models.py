@@ -28,7 +28,11 @@ def big_lama() -> nn.Module:
 
 
 # name: (how to make it, height and width, rounds; None = as many as the time budget allows)
-CASES = {"lama_mini": (lama_mini, (400, 600), None), "big_lama": (big_lama, (512, 512), 4)}
+CASES = {
+    "lama_mini": (lama_mini, (400, 600), None),
+    "big_lama": (big_lama, (512, 512), 4),
+    "big_lama_crop": (big_lama, (456, 560), 4),  # what an editor cuts around a hole: 57×70 at the bottleneck
+}
 
 
 def masked_photo(height: int, width: int) -> Tensor:
@@ -84,7 +88,7 @@ def steady(name: str, accelerated: bool, height: int, width: int):
     return times[2:]
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", ["lama_mini", "big_lama"])
 def test_own_process(versus, name):
     """As above, but each candidate alone in fresh processes, in turn.
 

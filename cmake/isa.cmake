@@ -1,12 +1,13 @@
 # One source per op, compiled once per instruction set into its own namespace; csrc/cpu/dispatch.cpp picks at load.
 
-set(INPAINTRT_ISAS "scalar avx2 avx512")
+set(INPAINTRT_ISAS "scalar avx2 avx512 avx512bf16")
 set(INPAINTRT_FLAGS_scalar -march=x86-64)
 set(INPAINTRT_FLAGS_avx2 -march=x86-64 -mavx2 -mfma -mf16c)
 set(INPAINTRT_FLAGS_avx512 ${INPAINTRT_FLAGS_avx2} -mavx512f -mavx512bw -mavx512vl -mavx512dq)
 if(CMAKE_CXX_COMPILER_ID STREQUAL "GNU" AND CMAKE_CXX_COMPILER_VERSION VERSION_LESS 13)
   list(APPEND INPAINTRT_FLAGS_avx512 -Wno-uninitialized -Wno-maybe-uninitialized) # false alarms inside GCC 12's own avx512fintrin.h
 endif()
+set(INPAINTRT_FLAGS_avx512bf16 ${INPAINTRT_FLAGS_avx512} -mavx512bf16)
 
 function(add_cpu_library name ops)
   add_library(${name} STATIC csrc/cpu/dispatch.cpp csrc/cpu/parallel.cpp csrc/cpu/arena.cpp)

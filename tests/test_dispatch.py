@@ -231,7 +231,7 @@ def test_settings_reach_a_process():
     assert "INPAINTRT_CPU_ISA=mmx: unknown" in explained.stdout
 
 
-@pytest.mark.parametrize("isa", ["scalar", "avx2", "avx512"])
+@pytest.mark.parametrize("isa", ["scalar", "avx2", "avx512", "avx512bf16"])
 def test_every_isa_gives_the_same_numbers(isa):
     code = (
         "import torch; from inpaintrt import ops; from inpaintrt.runtime import native\n"

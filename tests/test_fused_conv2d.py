@@ -11,9 +11,9 @@ from inpaintrt.ops.fused_conv2d import SPEC
 from inpaintrt.runtime import dispatch
 from inpaintrt.runtime.errors import UnsupportedError
 from inpaintrt.runtime.policy import use_ieee
-from inpaintrt.runtime.spec import DIRECT, WINOGRAD, Numerics
 from inpaintrt.testing import assert_close_to_truth
-from inpaintrt.testing.compare import close_to_truth
+from inpaintrt.testing.compare import DIRECT, WINOGRAD, Numerics, close_to_truth
+from inpaintrt.testing.layouts import LAYOUTS
 
 
 def _layer(c, outputs, h, w, seed=0):
@@ -81,6 +81,32 @@ def test_winograd_error_at_real_layers(c, outputs, h, w):
     truth, own = F.conv2d(x.double(), weight.double(), bias.double(), padding=1), F.conv2d(x, weight, bias, padding=1)
     assert close_to_truth(got, truth, own, numerics=Numerics(rms=5.0, max=8.0)).ok
     assert float((got - truth).square().mean().sqrt() / truth.square().mean().sqrt()) < 1e-6
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("c", "outputs", "h", "w"), [(1, 1, 1, 1), (9, 12, 5, 19), (64, 33, 8, 16), (385, 40, 3, 21)])
+def test_one_by_one(c, outputs, h, w, dtype, layout):
+    """Channels that fill vectors of pairs, end in half a pair, or are a single one; in any memory."""
+    shapes = {"x": (2, c, h, w), "weight": (outputs, c, 1, 1), "bias": (outputs,), "residual": (2, outputs, h, w)}
+    generator = torch.Generator().manual_seed(1)
+    tensors = {n: LAYOUTS[layout](torch.randn(s, generator=generator).to(dtype)) for n, s in shapes.items()}
+    for mode in ("before", "after"):
+        args = SPEC.bind(**tensors, activation="elu", residual_mode=mode)
+        with use_backend("cpu", op="fused_conv2d"):
+            got = ops.fused_conv2d(**tensors, activation="elu", residual_mode=mode)
+        truth = SPEC.run_reference(*(a.double() if isinstance(a, torch.Tensor) else a for a in args))
+        assert_close_to_truth(got, truth, SPEC.run_reference(*args))
+
+
+def test_bfloat16_is_never_winograds():
+    x, weight, bias = (t.bfloat16() for t in _layer(8, 8, 32, 32))
+    with dispatch.launches() as heard:
+        ops.fused_conv2d(x, weight, bias, padding=1)
+        ops.fused_conv2d(x, weight[..., :1, :1], bias)
+    assert [(launch.backend, launch.numerics) for launch in heard] == [("reference", DIRECT), ("cpu", DIRECT)]
+    with use_backend("cpu", op="fused_conv2d"), pytest.raises(UnsupportedError, match="Winograd"):
+        ops.fused_conv2d(x, weight, bias, padding=1)
 
 
 def test_small_maps_and_other_shapes_run_as_torchs_convolution():

@@ -13,8 +13,9 @@ from inpaintrt import ops, use_backend
 from inpaintrt.runtime import dispatch, registry
 from inpaintrt.runtime.errors import UnsupportedError
 from inpaintrt.runtime.library import dispatchers
-from inpaintrt.runtime.spec import DIRECT, FLOATS, WINOGRAD, as_outputs
+from inpaintrt.runtime.spec import FLOATS, as_outputs
 from inpaintrt.testing import assert_close_to_truth
+from inpaintrt.testing.compare import DIRECT, WINOGRAD
 from inpaintrt.testing.layouts import LAYOUTS
 
 from .conftest import ran

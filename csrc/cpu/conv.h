@@ -27,25 +27,28 @@ struct Call {
 };
 
 // The bias of one block of outputs; zeros if there is none.
+template <class T = float>
 static inline Vec bias_of(const Call& call, int64_t block) {
   if (!call.bias) return Vec(0.0f);
   const int64_t step = call.bias->strides[0];
-  return load_some(static_cast<const float*>(call.bias->data) + block * W * step,
-                   least(W, call.out->sizes[1] - block * W), step);
+  return load_some(static_cast<const T*>(call.bias->data) + block * W * step, least(W, call.out->sizes[1] - block * W),
+                   step);
 }
 
-// Row y of a block of outputs, its sums given as [pixel][lane]: activation, residual, and back to the tensor's layout.
-static inline void finish_row(const Call& call, const float* row, int64_t b, int64_t block, int64_t y) {
-  const Row<float> to = row_of<float>(*call.out, b, block, y);
-  const Row<float> extra = call.residual ? row_of<float>(*call.residual, b, block, y) : Row<float>{};
+// `count` pixels of row y of a block of outputs, their sums given as [pixel][lane]: activation, residual, and back to
+// the tensor's layout.
+template <class T = float>
+static inline void finish_row(const Call& call, const float* row, int64_t b, int64_t block, int64_t y, int64_t first,
+                              int64_t count) {
+  const Row<T> to = row_of<T>(*call.out, b, block, y, first);
+  const Row<T> extra = call.residual ? row_of<T>(*call.residual, b, block, y, first) : Row<T>{};
   const Vec alpha(call.alpha);
-  const int64_t width = call.out->sizes[3];
   with_activation(call.act, [&](auto act) {
     constexpr Act kAct = decltype(act)::value;
     if (call.residual_first) {
-      write_row(row, width, extra, to, [&](Vec v, Vec more) { return activate<kAct>(v + more, alpha); });
+      write_row(row, count, extra, to, [&](Vec v, Vec more) { return activate<kAct>(v + more, alpha); });
     } else {
-      write_row(row, width, extra, to, [&](Vec v, Vec more) { return activate<kAct>(v, alpha) + more; });
+      write_row(row, count, extra, to, [&](Vec v, Vec more) { return activate<kAct>(v, alpha) + more; });
     }
   });
 }

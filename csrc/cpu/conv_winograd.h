@@ -52,6 +52,8 @@ struct WinogradGeometry {
 
 class Winograd {
  public:
+  using Geometry = WinogradGeometry;
+
   Winograd(const Call& call, const WinogradGeometry& g, float* space)
       : call_(call), g_(g), filters_(space), scratch_(space + vectors(g.filter_floats())) {}
 
@@ -219,7 +221,7 @@ class Winograd {
     }
     const int64_t rows = least(kOutputs, g_.height - tile_y * kOutputs);
     for (int64_t i = 0; i < rows; ++i) {
-      finish_row(call_, strip + i * pixels * W, b, block, tile_y * kOutputs + i);
+      finish_row(call_, strip + i * pixels * W, b, block, tile_y * kOutputs + i, 0, call_.out->sizes[3]);
     }
   }
 };

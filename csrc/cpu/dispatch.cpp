@@ -21,10 +21,10 @@ bool supported(const char* isa) {
   if (!strcmp(isa, "scalar")) return true;
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
   if (!strcmp(isa, "avx2")) return avx2;
-  if (!strcmp(isa, "avx512")) {
-    return avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
-  }
+  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+  if (!strcmp(isa, "avx512")) return avx512;
+  if (!strcmp(isa, "avx512bf16")) return avx512 && __builtin_cpu_supports("avx512bf16");
   return false;
 }
 
@@ -33,7 +33,7 @@ struct Choice {
   char error[160] = "";
 
   Choice() {
-    static const char* const names[] = {"avx512", "avx2", "scalar"};  // best first
+    static const char* const names[] = {"avx512bf16", "avx512", "avx2", "scalar"};  // best first
     const char* forced = getenv("INPAINTRT_CPU_ISA");
     for (const char* name : names) {
       if (forced && *forced && strcmp(forced, name)) continue;
@@ -42,8 +42,8 @@ struct Choice {
         return;
       }
     }
-    snprintf(error, sizeof error, "INPAINTRT_CPU_ISA=%.40s: %s; accepted: scalar, avx2, avx512", forced ? forced : "",
-             "unknown, or not supported by this CPU");
+    snprintf(error, sizeof error, "INPAINTRT_CPU_ISA=%.40s: %s; accepted: scalar, avx2, avx512, avx512bf16",
+             forced ? forced : "", "unknown, or not supported by this CPU");
   }
 };
 

@@ -1,7 +1,8 @@
 // fused_conv2d on the CPU: which calls have an algorithm, and which one.
 //
 // 3×3 convolutions of stride 1 are Winograd's F(4×4, 3×3), 1×1 convolutions a product; padding, bias, activation and
-// residual are part of both. What neither covers is refused by the op and runs as torch's convolution.
+// residual are part of both. What neither covers is refused by the op and runs as torch's convolution. Data are float,
+// for products also bf16: Winograd's transforms cancel more than its 8 bits bear.
 #include "arena.h"
 #include "conv_pointwise.h"
 #include "conv_winograd.h"
@@ -16,7 +17,6 @@ using conv::Padding;
 const irt_view* optional(const irt_value& value) { return value.kind == IRT_TENSOR ? value.tensors : nullptr; }
 bool is(const irt_value& value, const char* text) { return value.kind == IRT_STRING && !strcmp(value.s, text); }
 bool is_int(const irt_value& value, int64_t wanted) { return value.kind == IRT_INT && value.i == wanted; }
-bool is_float4(const irt_view& view) { return view.ndim == 4 && view.dtype == IRT_F32; }
 
 // The arguments in schema order.
 enum {
@@ -45,15 +45,16 @@ enum {
 const char* read(const irt_call& call, Call& c) {
   const irt_value* a = call.args;
   c.x = optional(a[kX]), c.weight = optional(a[kWeight]), c.out = &call.outs[0], c.threads = call.threads;
-  if (!c.x || !c.weight || !is_float4(*c.x) || !is_float4(*c.weight) || !is_float4(*c.out)) {
-    return "x, weight and the output must be 4-D float32 tensors";
+  if (!c.x || !c.weight) return "x and weight must be tensors";
+  const int dtype = c.x->dtype;
+  const auto fits = [dtype](const irt_view& view, int rank) { return view.ndim == rank && view.dtype == dtype; };
+  if (!fits(*c.x, 4) || !fits(*c.weight, 4) || !fits(*c.out, 4)) {
+    return "x, weight and the output must be 4-D tensors of one dtype";
   }
   c.bias = optional(a[kBias]), c.residual = optional(a[kResidual]);
   const int64_t outputs = c.weight->sizes[0];
-  if (c.bias && (c.bias->ndim != 1 || c.bias->dtype != IRT_F32 || c.bias->sizes[0] != outputs)) {
-    return "bias must be (Cout,) float32";
-  }
-  if (c.residual && (!is_float4(*c.residual) || memcmp(c.residual->sizes, c.out->sizes, 4 * sizeof(int64_t)))) {
+  if (c.bias && (!fits(*c.bias, 1) || c.bias->sizes[0] != outputs)) return "bias must be (Cout,) of x's dtype";
+  if (c.residual && (!fits(*c.residual, 4) || memcmp(c.residual->sizes, c.out->sizes, 4 * sizeof(int64_t)))) {
     return "residual must have the output's shape and dtype";
   }
   if (a[kPadding].kind != IRT_INTS || a[kPadding].count != 4) return "padding must be (top, left, bottom, right)";
@@ -98,9 +99,9 @@ int64_t covered(const irt_call& call) {
   return plain && (side == 1 || side == 3) ? side : 0;
 }
 
-template <class Algorithm, class Geometry>
+template <class Algorithm>
 void run(const Call& call, irt_status& status) {
-  const Geometry g(call);
+  const typename Algorithm::Geometry g(call);
   const Workspace space(static_cast<size_t>(g.floats()) * sizeof(float));
   if (!space.data()) return fail(status, IRT_OUT_OF_MEMORY, "no memory for the workspace");
   Algorithm(call, g, static_cast<float*>(space.data())).run();
@@ -117,8 +118,10 @@ void fused_conv2d(const irt_call& call, irt_status& status) {
   Call c{};
   if (const char* fault = read(call, c)) return fail(status, IRT_BAD_ARGUMENT, fault);
   if (c.x->sizes[0] == 0) return;
-  if (side == 1) return run<conv::Pointwise, conv::PointwiseGeometry>(c, status);
-  run<conv::Winograd, conv::WinogradGeometry>(c, status);
+  if (side == 1 && c.x->dtype == IRT_F32) return run<conv::Pointwise<float>>(conv::Flat(c).call, status);
+  if (side == 1 && c.x->dtype == IRT_BF16) return run<conv::Pointwise<bf16>>(conv::Flat(c).call, status);
+  if (side == 3 && c.x->dtype == IRT_F32) return run<conv::Winograd>(c, status);
+  fail(status, IRT_UNSUPPORTED, "dtype must be float32, or bfloat16 for 1x1 convolutions");
 }
 
 }  // namespace

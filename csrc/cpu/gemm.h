@@ -1,4 +1,4 @@
-// Single-precision matrix product on blocked operands: the base of the spectral mix and of convolutions.
+// Matrix product on blocked operands, with float sums: the base of the spectral mix and of convolutions.
 //
 // Everything in these engines is stored in blocks of one vector of channels: element (row, channel) of a matrix lies at
 // [channel / W][row][channel % W], W = Vec::kWidth. FFTs and Winograd transforms write this layout with whole vectors;
@@ -9,11 +9,14 @@
 //
 // AVX-512: 14×32 in 28 registers, 16 loads for 28 FMAs. AVX2: 6×16 in 12 registers, 8 loads for 12 FMAs. A tile of A is
 // read from L1 for every panel (14 × 384 floats are 21 KB), B streams from L2 at 9 bytes a cycle.
+//
+// Operands are floats; or anything else that lanes.h can multiply in 32-bit lanes, and then "channel" here means lane.
 #pragma once
 
+#include <climits>
 #include <cstdint>
 
-#include "simd.h"
+#include "lanes.h"
 
 namespace irt::INPAINTRT_ISA {
 
@@ -27,6 +30,7 @@ constexpr int kTileRows = 4, kPanelVectors = 2;
 constexpr int kPanelColumns = kPanelVectors * Vec::kWidth;
 // Channels summed in one chain; chains are then added. A chain's rounding error grows with its length, that of 512
 // channels falls to two fifths (and Winograd's products are where its error comes from); the additions cost 2 %.
+// Products of pairs, whose factors and results have 8 bits, gain nothing by it: they are one chain.
 constexpr int kChain = 64;
 
 // A as read by `gemm`: `groups` blocks of kWidth channels, the last `tails` of them only `tail` channels wide. (Complex
@@ -44,7 +48,7 @@ static inline int64_t panel_floats(const Blocks& a) {
 }
 
 // sums = the products of kRows rows at `a` with a panel at `b`, over groups [g, stop); a and b move on.
-template <int kRows>
+template <class Lane, int kRows>
 static inline void chain(const Blocks& blocks, const float*& a, const float*& b, int g, int stop,
                          Vec (&sums)[kRows][kPanelVectors]) {
   for (; g < stop; ++g, a += blocks.stride) {
@@ -58,7 +62,7 @@ static inline void chain(const Blocks& blocks, const float*& a, const float*& b,
       for (int r = 0; r < kRows; ++r) {
         const Vec value(a[r * Vec::kWidth + c]);
 #pragma GCC unroll 8
-        for (int v = 0; v < kPanelVectors; ++v) sums[r][v] = fma(value, columns[v], sums[r][v]);
+        for (int v = 0; v < kPanelVectors; ++v) sums[r][v] = Lane::multiply_add(value, columns[v], sums[r][v]);
       }
     }
   }
@@ -75,60 +79,60 @@ static inline void each(const Visit& visit) {
 }
 
 // The products of rows [row, row + kRows) with one panel; `end` takes each vector of results.
-template <int kRows, class End>
+template <class Lane, int kRows, class End>
 static inline void tile_product(const Blocks& blocks, int64_t row, const float* b, const End& end) {
-  constexpr int kGroups = kChain / Vec::kWidth;
+  constexpr int kGroups = Lane::kChannels == 1 ? kChain / Vec::kWidth : INT_MAX;
   const float* a = blocks.data + row * Vec::kWidth;
   if (blocks.groups <= kGroups) {
     Vec sums[kRows][kPanelVectors];
-    chain<kRows>(blocks, a, b, 0, blocks.groups, sums);
+    chain<Lane, kRows>(blocks, a, b, 0, blocks.groups, sums);
     return each<kRows>([&](int r, int v) { end(row + r, v, sums[r][v]); });
   }
   Vec totals[kRows][kPanelVectors];
   for (int g = 0; g < blocks.groups; g += kGroups) {
     Vec sums[kRows][kPanelVectors];
-    chain<kRows>(blocks, a, b, g, g + kGroups < blocks.groups ? g + kGroups : blocks.groups, sums);
+    chain<Lane, kRows>(blocks, a, b, g, g + kGroups < blocks.groups ? g + kGroups : blocks.groups, sums);
     each<kRows>([&](int r, int v) { totals[r][v] = totals[r][v] + sums[r][v]; });
   }
   each<kRows>([&](int r, int v) { end(row + r, v, totals[r][v]); });
 }
 
-template <class End>
+template <class Lane, class End>
 static inline void some_rows(const Blocks& a, int64_t row, int rows, const float* b, const End& end) {
   switch (rows) {
 #if defined(__AVX512F__)
-    case 14: return tile_product<14>(a, row, b, end);
-    case 13: return tile_product<13>(a, row, b, end);
-    case 12: return tile_product<12>(a, row, b, end);
-    case 11: return tile_product<11>(a, row, b, end);
-    case 10: return tile_product<10>(a, row, b, end);
-    case 9: return tile_product<9>(a, row, b, end);
-    case 8: return tile_product<8>(a, row, b, end);
-    case 7: return tile_product<7>(a, row, b, end);
+    case 14: return tile_product<Lane, 14>(a, row, b, end);
+    case 13: return tile_product<Lane, 13>(a, row, b, end);
+    case 12: return tile_product<Lane, 12>(a, row, b, end);
+    case 11: return tile_product<Lane, 11>(a, row, b, end);
+    case 10: return tile_product<Lane, 10>(a, row, b, end);
+    case 9: return tile_product<Lane, 9>(a, row, b, end);
+    case 8: return tile_product<Lane, 8>(a, row, b, end);
+    case 7: return tile_product<Lane, 7>(a, row, b, end);
 #endif
 #if defined(__AVX2__)
-    case 6: return tile_product<6>(a, row, b, end);
-    case 5: return tile_product<5>(a, row, b, end);
+    case 6: return tile_product<Lane, 6>(a, row, b, end);
+    case 5: return tile_product<Lane, 5>(a, row, b, end);
 #endif
-    case 4: return tile_product<4>(a, row, b, end);
-    case 3: return tile_product<3>(a, row, b, end);
-    case 2: return tile_product<2>(a, row, b, end);
-    default: return tile_product<1>(a, row, b, end);
+    case 4: return tile_product<Lane, 4>(a, row, b, end);
+    case 3: return tile_product<Lane, 3>(a, row, b, end);
+    case 2: return tile_product<Lane, 2>(a, row, b, end);
+    default: return tile_product<Lane, 1>(a, row, b, end);
   }
 }
 
 // end(panel, row, vector, sums) for all rows of A and all panels of B; sums are columns [panel · kPanelColumns +
 // vector · kWidth, … + kWidth) of A·B in that row. The last two tiles share what full tiles leave over: a tile of one
 // or two rows would load all of B for little work.
-template <class End>
+template <class Lane = Single, class End>
 static inline void gemm(const Blocks& a, int64_t rows, const float* packed, int panels, const End& end) {
   const int64_t stride = panel_floats(a);
   for (int64_t row = 0; row < rows;) {
     const int64_t left = rows - row;
     const int64_t height = left <= kTileRows ? left : left < 2 * kTileRows ? (left + 1) / 2 : kTileRows;
     for (int panel = 0; panel < panels; ++panel) {
-      some_rows(a, row, static_cast<int>(height), packed + panel * stride,
-                [&](int64_t at, int v, Vec sums) { end(panel, at, v, sums); });
+      some_rows<Lane>(a, row, static_cast<int>(height), packed + panel * stride,
+                      [&](int64_t at, int v, Vec sums) { end(panel, at, v, sums); });
     }
     row += height;
   }

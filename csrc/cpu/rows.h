@@ -1,4 +1,4 @@
-// Rows of tensors in and out of the blocked layout of gemm.h: kWidth channels of `count` pixels as [pixel][lane].
+// Rows of tensors in and out of the blocked layout of gemm.h: kWidth lanes of `count` pixels as [pixel][lane].
 //
 // NHWC data have that layout already; rows of NCHW data are transposed in registers; other strides are gathered.
 #pragma once
@@ -6,41 +6,44 @@
 #include <cstdint>
 
 #include "inpaintrt/abi.h"
-#include "simd.h"
+#include "lanes.h"
 
 namespace irt::INPAINTRT_ISA {
 
-// One row of one block of channels: `channels` (at most kWidth) of them exist. Null data: a row of zeros.
+// One row of one block of channels: `channels` of them exist. Null data: a row of zeros.
 template <class T>
 struct Row {
   T* data;
   int64_t channels, channel, pixel;  // strides
 };
 
-// The row (b, block · kWidth…, y) of a 4-D view.
-template <class T>
-static inline Row<T> row_of(const irt_view& x, int64_t b, int64_t block, int64_t y) {
-  constexpr int64_t W = Vec::kWidth;
-  const int64_t left = x.sizes[1] - block * W;
-  T* data = static_cast<T*>(x.data) + b * x.strides[0] + block * W * x.strides[1] + y * x.strides[2];
-  return {data, left < W ? left : W, x.strides[1], x.strides[3]};
+// The row (b, block · n…, y) of a 4-D view, from its pixel `first` on, where n channels are one vector of lanes.
+template <class T, class Lane = Single>
+static inline Row<T> row_of(const irt_view& x, int64_t b, int64_t block, int64_t y, int64_t first = 0) {
+  constexpr int64_t n = Vec::kWidth * Lane::kChannels;
+  const int64_t left = x.sizes[1] - block * n;
+  T* data = static_cast<T*>(x.data) + b * x.strides[0] + block * n * x.strides[1] + y * x.strides[2];
+  data += first * x.strides[3];
+  return {data, left < n ? left : n, x.strides[1], x.strides[3]};
 }
 
-template <class T>
+template <class Lane = Single, class T>
 static inline void read_row(const Row<T>& from, int64_t count, float* row) {
-  constexpr int64_t W = Vec::kWidth;
+  constexpr int64_t W = Vec::kWidth, each = Lane::kChannels;
   int64_t i = 0;
-  if (from.channel == 1 && from.channels == W) {
-    for (; i < count; ++i) store(row + i * W, load(from.data + i * from.pixel));
+  if (from.channel == 1 && from.channels == W * each) {
+    for (; i < count; ++i) store(row + i * W, Lane::across(from.data + i * from.pixel, W * each, 1));
   } else if (from.pixel == 1) {
     for (; i + W <= count; i += W) {
       Vec lanes[W];
-      for (int64_t lane = 0; lane < from.channels; ++lane) lanes[lane] = load(from.data + lane * from.channel + i);
+      for (int64_t c = 0; c < from.channels; c += each) {
+        lanes[c / each] = Lane::down(from.data + c * from.channel + i, from.channels - c, from.channel);
+      }
       transpose(lanes);
       for (int64_t k = 0; k < W; ++k) store(row + (i + k) * W, lanes[k]);
     }
   }
-  for (; i < count; ++i) store(row + i * W, load_some(from.data + i * from.pixel, from.channels, from.channel));
+  for (; i < count; ++i) store(row + i * W, Lane::across(from.data + i * from.pixel, from.channels, from.channel));
 }
 
 // to = finish(row, extra), where `extra` is a row like `to` (zeros if it has no data).

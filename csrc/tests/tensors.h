@@ -22,6 +22,14 @@ inline int64_t bytes_of(int dtype) { return dtype == IRT_F32 ? 4 : 2; }
 inline int precision_of(int dtype) { return dtype == IRT_F32 ? 24 : dtype == IRT_F16 ? 11 : 8; }
 inline int low_exponent_of(int dtype) { return dtype == IRT_F16 ? -14 : -126; }
 
+// What rounding x to the format moves it by, at most.
+inline double half_unit(double x, int dtype) {
+  int exponent = 0;
+  if (x != 0.0) std::frexp(x, &exponent);
+  const int low = low_exponent_of(dtype);
+  return std::ldexp(1.0, (x != 0.0 && exponent - 1 > low ? exponent - 1 : low) - precision_of(dtype));
+}
+
 // `x` must be representable, or infinite or NaN.
 inline void encode(double x, int dtype, unsigned char* at) {
   const float f = static_cast<float>(x);

@@ -18,7 +18,8 @@ void expect(bool truth, const char* what) {
 
 int main() {
   const char* forced = getenv("INPAINTRT_CPU_ISA");
-  const bool known = !*forced || !strcmp(forced, "scalar") || !strcmp(forced, "avx2") || !strcmp(forced, "avx512");
+  const bool known = !*forced || !strcmp(forced, "scalar") || !strcmp(forced, "avx2") || !strcmp(forced, "avx512") ||
+                     !strcmp(forced, "avx512bf16");
   const char* isa = irt_cpu_isa();
   printf("INPAINTRT_CPU_ISA=%s: %s\n", forced, isa ? isa : irt_cpu_isa_error());
   if (known && !isa) return 77;

@@ -160,7 +160,7 @@ irt_status answer(const Op& op, Subject& s) {
     irt_plan plan;
     memset(&plan, 0x7e, sizeof plan);
     irt_plan_find(op.name)(&s.call, &plan, &status);
-    CHECK(status.code == IRT_OK || plan.grid[0] == 0, "%s: a grid beside an error", op.name);
+    CHECK(status.code == IRT_OK || plan.count == 0, "%s: launches beside an error", op.name);
   } else {
     irt_cpu_find(op.name)(&s.call, &status);
   }

@@ -47,13 +47,6 @@ double slope_magnitude(const char* name, double x, double alpha) {
   return std::fabs(slope(name, x, alpha));
 }
 
-double half_unit(double x, int dtype) {
-  int exponent = 0;
-  if (x != 0.0) std::frexp(x, &exponent);
-  const int low = low_exponent_of(dtype);
-  return std::ldexp(1.0, (x != 0.0 && exponent - 1 > low ? exponent - 1 : low) - precision_of(dtype));
-}
-
 double largest = 0.0;  // error in units of the float band, of float32 results
 
 // Whether `got` is `want` up to the rounding of the format and `kUnits` roundings of `magnitude`.

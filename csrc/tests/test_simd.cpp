@@ -271,6 +271,26 @@ void parts_of_vectors() {
   parts_of_vectors_as<bf16>();
 }
 
+// Bits of every kind, NaN with payloads among them: a transposition moves, and computes nothing.
+void transposed() {
+  constexpr int W = Vec::kWidth;
+  Random random{1};
+  float from[W][W], to[W][W];
+  for (auto& row : from) {
+    for (float& x : row) x = bits_to_float(static_cast<uint32_t>(random.bits()));
+  }
+  Vec rows[W];
+  for (int i = 0; i < W; ++i) rows[i] = load(from[i]);
+  transpose(rows);
+  for (int i = 0; i < W; ++i) store(to[i], rows[i]);
+  for (int i = 0; i < W; ++i) {
+    for (int k = 0; k < W; ++k) {
+      CHECK(!memcmp(&to[i][k], &from[k][i], sizeof(float)), "row %d, column %d: %a, not %a", i, k, to[i][k],
+            from[k][i]);
+    }
+  }
+}
+
 }  // namespace
 }  // namespace irt::INPAINTRT_ISA
 
@@ -283,5 +303,6 @@ const check::Case check::cases[] = {
     {"every f16, both ways", every_half<HalfFormat>},
     {"every bf16, both ways", every_half<BrainFormat>},
     {"parts of vectors", parts_of_vectors},
+    {"transposed", transposed},
     {nullptr, nullptr},
 };

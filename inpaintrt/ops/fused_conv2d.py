@@ -170,6 +170,8 @@ def _cpu_refuses(
 ) -> Iterator[str]:
     """All but 1×1 and 3×3 convolutions of stride 1, and 3×3 ones of fewer than 16 tiles of 4×4."""
     kernel = tuple(weight.shape[2:])
+    if x.dtype != torch.float32 and kernel != (1, 1):
+        yield f"{x.dtype} has a kernel for 1×1 convolutions only: Winograd's transforms cancel more than its digits bear"
     if kernel not in ((1, 1), (3, 3)) or (stride, dilation, groups, upsample) != (1, 1, 1, 1) or transposed:
         yield "only 1×1 and 3×3 convolutions with stride, dilation, groups and upsample of 1 have a kernel"
     elif max(padding) >= kernel[0]:
@@ -232,6 +234,7 @@ def _samples(level: str) -> Iterator[Sample]:
     yield sample("empty_batch", (0, 3, 4, 4), 2)
     if level == "full":
         yield sample("one_by_one", (1, 9, 10, 11), 12, 1, tensors="bias")
+        yield sample("deep", (1, 341, 10, 11), 12, 1, tensors="bias", residual_mode="before", with_residual=True)
         yield sample("no_padding", (1, 16, 20, 19), 32, padding=[0, 0, 0, 0], activation="tanh")
         yield sample("two", (1, 16, 20, 19), 40, padding=[2, 0, 1, 2], activation="sigmoid")
         yield sample("threads", (3, 33, 45, 31), 49, padding_mode="reflect", tensors="bias", with_residual=True)
@@ -256,7 +259,9 @@ SPEC = OpSpec(
     summary="convolution with padding mode, mask, upsampling, folded norm, bias, activation and residual in one pass",
     reference=_reference,
     out=_out,
-    lanes={"cpu": Lane(dtypes=frozenset({torch.float32}), refuses=_cpu_refuses, numerics=_cpu_numerics)},
+    lanes={
+        "cpu": Lane(dtypes=frozenset({torch.float32, torch.bfloat16}), refuses=_cpu_refuses, numerics=_cpu_numerics)
+    },
     samples=_samples,
     cost=_cost,
 )
@@ -309,9 +314,9 @@ def fused_conv2d(
         ValueError: shapes, dtypes or options do not fit; the message names them.
         UnsupportedError: a backend forced by `use_backend` cannot run this call.
 
-    On the CPU, float32 1×1 and 3×3 convolutions of stride 1 without mask, scale and shift have kernels; everything else
-    runs as torch's convolution. The 3×3 ones are Winograd's, with an RMS error of up to 8 times and a largest error of up
-    to 12 times the direct form's.
+    On the CPU, float32 1×1 and 3×3 and bfloat16 1×1 convolutions of stride 1 without mask, scale and shift have kernels;
+    everything else runs as torch's convolution. Sums are float32. The 3×3 ones are Winograd's, with an RMS error of up to 8
+    times and a largest error of up to 12 times the direct form's.
     """
     joined = x if isinstance(x, Tensor) else torch.cat(list(x), dim=1)
     if joined.dim() != 4 or weight.dim() != 4:

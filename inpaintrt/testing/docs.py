@@ -46,8 +46,8 @@ _READ_ELSEWHERE = {
     ),
     "CPU_ISA": (
         "the native library, when it loads",
-        "`scalar`, `avx2` or `avx512`: forces this instruction set; one that the CPU lacks makes the `cpu` backend "
-        "unavailable, with that reason",
+        "`scalar`, `avx2`, `avx512` or `avx512bf16`: forces this instruction set; one that the CPU lacks makes the `cpu` "
+        "backend unavailable, with that reason",
     ),
 }
 
