@@ -85,9 +85,8 @@ def accelerate(
             holds modules, such as an application's (image, mask) → image callable.
         backend: "auto", or a backend that every op inside must use (`UnsupportedError` on the call where it cannot).
         precision: "fp32" (torch's own switches decide about TF32), "ieee" (no TF32: where torch's switches allow it, the
-            original forward runs; no Winograd beyond F(2×2)), "bf16"
-            (convolutions in bfloat16, spectra in float32), "fp16" where a model survives it (LaMa does not: its spectra
-            overflow, so it is refused).
+            original forward runs; no Winograd), "bf16" (convolutions in bfloat16, spectra in float32), "fp16" where a
+            model survives it (LaMa does not: its activations overflow, so it is refused).
         only, skip: module paths or adapter names, with shell wildcards ("model.*", "lama.*").
         probe: compare original and fused forward on small inputs before keeping a swap. What is rebuilt from TorchScript
             is always compared with it.

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 import inpaintrt as irt
+from inpaintrt.adapters import ffc
 from inpaintrt.adapters import lama as adapter
 from inpaintrt.runtime import dispatch
 from inpaintrt.runtime.swap import record_of, why_original
@@ -443,6 +444,32 @@ def test_parts_under_bf16(part):
     assert all(a.dtype == b.dtype for a, b in zip(out, base, strict=True)), "precision='bf16' keeps the caller's dtype"
     with torch.autocast("cpu", dtype=torch.float16):
         assert "float16" in why_original(module, (x,), {})
+
+
+@pytest.mark.parametrize("pays", [False, True])
+def test_one_by_ones_under_bf16_go_where_they_are_faster(part, pays, monkeypatch):
+    module, x, _ = part
+    expected = _call(module, x)
+    irt.accelerate(module)
+    monkeypatch.setattr(ffc, "_bf16_pays", lambda: pays)
+    with torch.autocast("cpu", dtype=torch.bfloat16), dispatch.launches() as heard:
+        out = _call(module, x)
+    assert ("fused_conv2d" in {launch.op for launch in heard}) == (pays and _has_one_by_ones(module))
+    for a, b in zip(out, expected, strict=True):
+        assert (a.float() - b).abs().max() <= 0.05 * b.abs().max()
+
+
+def _has_one_by_ones(module):
+    """Fourier units alone have no other convolution."""
+    return any(hasattr(m, "conv2") for m in module.modules())
+
+
+def test_bf16_compiles_whole(model, x):
+    irt.accelerate(model, precision="bf16")
+    with torch.no_grad():
+        torch.testing.assert_close(
+            torch.compile(model, fullgraph=True, backend="eager")(x), model(x), rtol=0, atol=0.02
+        )
 
 
 def test_an_application_module_without_a_sequential():

@@ -26,6 +26,24 @@ struct Call {
   int threads;
 };
 
+// Each thread has scratch memory of its own: no more of them than there are items of work.
+static inline int threads_of(const Call& call, int64_t items) {
+  return static_cast<int>(most(1, least(call.threads, least(items, 1024))));
+}
+
+// Whether the sizes of the workspace can be computed without overflow. What cannot would take terabytes.
+static inline bool fits(const Call& call) {
+  constexpr int64_t kLongest = int64_t{1} << 28;
+  double floats = 1, weights = 1;
+  for (int d = 0; d < 4; ++d) {
+    const int64_t longest = most(call.x->sizes[d], call.out->sizes[d]);
+    if (longest > kLongest) return false;
+    floats *= static_cast<double>(d ? longest : 1);
+    weights *= static_cast<double>(d < 2 ? call.weight->sizes[d] : 1);
+  }
+  return floats <= 0x1p38 && weights <= 0x1p38;
+}
+
 // The bias of one block of outputs; zeros if there is none.
 template <class T = float>
 static inline Vec bias_of(const Call& call, int64_t block) {

@@ -46,7 +46,7 @@ struct PointwiseGeometry {
   int64_t pixels;                         // distance of groups, odd, so that groups do not share cache sets
   int threads;
 
-  explicit PointwiseGeometry(const Call& call) : threads(call.threads > 1 ? call.threads : 1) {
+  explicit PointwiseGeometry(const Call& call) : threads(threads_of(call, call.x->sizes[0] * call.out->sizes[2])) {
     inputs = call.x->sizes[1], outputs = call.out->sizes[1], height = call.out->sizes[2], width = call.out->sizes[3];
     lanes = ceil_div(inputs, Lane::kChannels), in_blocks = ceil_div(lanes, W);
     out_blocks = ceil_div(outputs, W), panels = ceil_div(out_blocks, kPanelVectors);

@@ -1,8 +1,7 @@
 // Winograd's F(4×4, 3×3) as an algorithm of fused_conv2d: 3×3 convolutions of stride 1.
 //
-//   filters:  G g Gᵀ of all filters, 36 matrices Cin × Cout, packed for the product. Transformed on every call: that
-//   takes
-//             3 % of the work, a kept copy would be four times the weights and could be stale.
+//   filters:  G g Gᵀ of all filters, 36 matrices Cin × Cout, packed for the product. Transformed on every call: a kept
+//             copy would be four times the weights and could be stale.
 //   blocks:   a few rows of 4×4 tiles at a time, so that a block's 36 matrices stay near the core:
 //             Bᵀd B of all tiles and input channels → 36 products tiles × Cin × Cout → AᵀmA, bias, activation, residual
 //
@@ -32,10 +31,11 @@ struct WinogradGeometry {
   int64_t in_point, out_point, filter_point, strip;  // floats between the 36 matrices; of one strip
   int threads;
 
-  explicit WinogradGeometry(const Call& call) : threads(call.threads > 1 ? call.threads : 1) {
+  explicit WinogradGeometry(const Call& call) {
     inputs = call.x->sizes[1], outputs = call.out->sizes[1], height = call.out->sizes[2], width = call.out->sizes[3];
     in_blocks = ceil_div(inputs, W), out_blocks = ceil_div(outputs, W), panels = ceil_div(out_blocks, kPanelVectors);
     tiles_x = ceil_div(width, kOutputs), tiles_y = ceil_div(height, kOutputs);
+    threads = threads_of(call, call.x->sizes[0] * tiles_y);
     const int64_t wanted = ceil_div(tiles_y * tiles_x, kTilesPerBlock);
     blocks = least(tiles_y, ceil_div(most(wanted, 1), threads) * threads);  // as many for each thread
     rows = ceil_div(tiles_y, blocks);

@@ -118,6 +118,7 @@ void fused_conv2d(const irt_call& call, irt_status& status) {
   Call c{};
   if (const char* fault = read(call, c)) return fail(status, IRT_BAD_ARGUMENT, fault);
   if (c.x->sizes[0] == 0) return;
+  if (!conv::fits(c)) return fail(status, IRT_OUT_OF_MEMORY, "no memory for a workspace of that size");
   if (side == 1 && c.x->dtype == IRT_F32) return run<conv::Pointwise<float>>(conv::Flat(c).call, status);
   if (side == 1 && c.x->dtype == IRT_BF16) return run<conv::Pointwise<bf16>>(conv::Flat(c).call, status);
   if (side == 3 && c.x->dtype == IRT_F32) return run<conv::Winograd>(c, status);

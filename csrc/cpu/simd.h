@@ -120,6 +120,7 @@ static inline Vec load(const bf16* p) {
   const __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
   return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
 }
+// Not VCVTNEPS2BF16, where the CPU has it: that makes subnormals 0, and bits would depend on the instruction set.
 static inline void store(bf16* p, Vec x) {
   const __m512i u = _mm512_castps_si512(x.v);
   const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(u, 16), _mm512_set1_epi32(1));
