@@ -18,6 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 INTERPRETING = tl.constexpr(bool(triton.knobs.runtime.interpret))
+IEEE = tl.constexpr("ieee")  # as a default it must be a constant already: Triton 3.6 does not make one of a string
 
 # ---- elementary functions, in float32 -------------------------------------------------------------------------------
 # `tl.exp` rounds x·log2(e) to float32 before it takes the power, a relative error of up to |x|·2⁻²⁴ in the result;
@@ -168,7 +169,7 @@ def from_float32(x, dtype: tl.constexpr):
 
 
 @triton.jit
-def dot(a, b, acc, PRECISION: tl.constexpr = "ieee"):
+def dot(a, b, acc, PRECISION: tl.constexpr = IEEE):
     """acc + a @ b with float32 accumulation. Every kernel uses this in place of `tl.dot`.
 
     PRECISION ("ieee", "tf32", "tf32x3") concerns float32 operands only.
@@ -181,7 +182,7 @@ def dot(a, b, acc, PRECISION: tl.constexpr = "ieee"):
 
 
 @triton.jit
-def dot_chunk(a, b, acc, PRECISION: tl.constexpr = "ieee"):
+def dot_chunk(a, b, acc, PRECISION: tl.constexpr = IEEE):
     """acc + a @ b, where the product is summed by itself before it joins acc: what long float32 sums are made of.
 
     `dot` carries one running sum through all of K, with a rounding error that grows with √K; this keeps two sums of

@@ -97,7 +97,7 @@ def plan_of(sequence: nn.Sequential) -> Plan | str:
         if layer is None:
             return f"layer {len(plan.head) + 1}: it has no local stream"
         plan.head.append(layer)
-    joined = bool(layers) and block_of(layers[0]) is None and _pop_join(layers)
+    joined = len(layers) > 0 and block_of(layers[0]) is None and _pop_join(layers)
     while layers and (block := block_of(layers[0])) is not None:
         plan.blocks.append(block)
         layers.pop(0)

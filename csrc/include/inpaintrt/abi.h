@@ -110,7 +110,8 @@ typedef void (*irt_planner)(const irt_call* call, irt_plan* plan, irt_status* st
  * call's device, the kernels' own until the stream has passed them; unused where the plan needs none. */
 typedef void (*irt_launcher)(const irt_call* call, const irt_plan* plan, void* workspace, irt_status* status);
 
-/* CPU kernels, at the best ISA of this machine or the one forced with INPAINTRT_CPU_ISA (scalar, avx2, avx512). */
+/* CPU kernels, at the best ISA of this machine or the one forced with INPAINTRT_CPU_ISA (scalar, avx2, avx512,
+ * avx512bf16). */
 int irt_abi_version(void);
 const char* irt_cpu_isa(void);       /* the chosen one; NULL when the forced name is unknown or not supported here */
 const char* irt_cpu_isa_error(void); /* why irt_cpu_isa() is NULL; "" otherwise */
