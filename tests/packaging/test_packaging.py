@@ -133,27 +133,31 @@ CODE = """
 import torch, inpaintrt
 from inpaintrt import ops
 from inpaintrt.runtime import dispatch
-dispatch.observers.append(lambda op, backend, args: print(backend))
+used = {}
+dispatch.observers.append(lambda op, backend, args: used.setdefault(op, set()).add(backend))
 y = torch.randn(1, 4, 5, 6)
 f, g = y.chunk(2, 1)
 assert torch.allclose(ops.gated_activation(y), torch.nn.functional.elu(f) * g.sigmoid(), atol=1e-6)
 model = inpaintrt.accelerate(inpaintrt.load("lama_mini"))
-assert inpaintrt.verify(model, torch.rand(1, 4, 32, 40)).ok
-print(inpaintrt.info().ok)
+x = torch.rand(1, 4, 32, 40)
+assert inpaintrt.verify(model, x).ok  # which asks the reference, too
+used.pop("fourier_unit")
+model(x)
+print(*used["gated_activation"], *used["fourier_unit"], inpaintrt.info().ok)
 """
 
 
 def test_native_wheel_in_a_clean_environment(native_wheel, clean):
     python, site = clean
     _unpack(native_wheel, site)
-    assert _run(python, "-P", "-c", CODE, env={"PYTHONNOUSERSITE": "1"}).split() == ["cpu", "True"]
+    assert _run(python, "-P", "-c", CODE, env={"PYTHONNOUSERSITE": "1"}).split() == ["cpu", "cpu", "True"]
 
 
 def test_pure_wheel_in_a_clean_environment(pure_wheel, clean):
     """No native library, no Triton, no CuPy: everything works, on the reference."""
     python, site = clean
     _unpack(pure_wheel, site)
-    assert _run(python, "-P", "-c", CODE, env={"PYTHONNOUSERSITE": "1"}).split() == ["reference", "True"]
+    assert _run(python, "-P", "-c", CODE, env={"PYTHONNOUSERSITE": "1"}).split() == ["reference", "reference", "True"]
 
 
 def test_editable_installation(source, clean):
@@ -164,7 +168,7 @@ def test_editable_installation(source, clean):
         sys.executable, "-m", "pip", "--python", python, "install", "--quiet", "--no-deps", "--no-build-isolation",
         "-e", source, env={"PATH": f"{pathlib.Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"},
     )  # fmt: skip
-    assert _run(python, "-P", "-c", CODE).split() == ["cpu", "True"]
+    assert _run(python, "-P", "-c", CODE).split() == ["cpu", "cpu", "True"]
     where = "import inpaintrt, inpaintrt.kernels as k; print(inpaintrt.__file__, k.__file__)"
     package, kernels = _run(python, "-P", "-c", where).split()
     assert pathlib.Path(package) == source / "inpaintrt" / "__init__.py"
