@@ -70,8 +70,7 @@ def write_json(path: Path, report: Report) -> None:
 def _op_row(spec: OpSpec, sample: Sample, rounds: int) -> dict[str, Any]:
     from . import ops
 
-    generator = torch.Generator().manual_seed(0)
-    tensors = {name: torch.randn(shape, generator=generator) for name, shape in sample.shapes.items()}
+    tensors = sample.tensors(torch.Generator().manual_seed(0))
     args = spec.bind(**tensors, **sample.kwargs)
     function = getattr(ops, spec.name)
     return _row(sample.id, lambda: spec.run_reference(*args), lambda: function(**tensors, **sample.kwargs), rounds)

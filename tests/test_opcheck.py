@@ -14,9 +14,11 @@ from inpaintrt.runtime.spec import as_outputs
 
 
 def _dense(spec, sample, layout, requires_grad):
-    tensors = {n: torch.randn(s) for n, s in sample.shapes.items()}
+    tensors = sample.tensors(torch.Generator().manual_seed(0))
     tensors = {n: t.to(memory_format=layout) if t.dim() == 4 else t for n, t in tensors.items()}
-    return spec.bind(**{n: t.requires_grad_(requires_grad) for n, t in tensors.items()}, **sample.kwargs)
+    for name, tensor in tensors.items():
+        tensor.requires_grad_(requires_grad and name not in sample.masks)
+    return spec.bind(**tensors, **sample.kwargs)
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["nchw", "nhwc"])

@@ -4,15 +4,11 @@
 #include "activation.h"
 #include "inpaintrt/abi.h"
 #include "rows.h"
+#include "sizes.h"
 
 namespace irt::INPAINTRT_ISA::conv {
 
 constexpr int64_t W = Vec::kWidth;
-
-static inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
-static inline int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
-static inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-static inline int64_t vectors(int64_t floats) { return ceil_div(floats, 16) * 16; }
 
 enum class Padding { zeros, reflect, replicate };
 

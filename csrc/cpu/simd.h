@@ -104,6 +104,9 @@ static inline Vec if_positive(Vec x, Vec yes, Vec no) {
 static inline Vec if_at_most_zero(Vec x, Vec yes, Vec no) {  // NaN takes `no`
   return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(x.v, _mm512_setzero_ps(), _CMP_LE_OQ), no.v, yes.v);
 }
+static inline bool any_from(Vec x, Vec low) {  // whether a lane is at least `low`, or NaN
+  return _mm512_cmp_ps_mask(x.v, low.v, _CMP_NLT_UQ) != 0;
+}
 static inline Vec round_even(Vec x) { return _mm512_roundscale_ps(x.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 static inline Vec scale_by_power(Vec x, Vec n) { return _mm512_scalef_ps(x.v, n.v); }  // x · 2^n, any n
 
@@ -152,6 +155,7 @@ static inline Vec if_positive(Vec x, Vec yes, Vec no) {
 static inline Vec if_at_most_zero(Vec x, Vec yes, Vec no) {
   return _mm256_blendv_ps(no.v, yes.v, _mm256_cmp_ps(x.v, _mm256_setzero_ps(), _CMP_LE_OQ));
 }
+static inline bool any_from(Vec x, Vec low) { return _mm256_movemask_ps(_mm256_cmp_ps(x.v, low.v, _CMP_NLT_UQ)) != 0; }
 static inline Vec round_even(Vec x) { return _mm256_round_ps(x.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 static inline __m256 power_of_two(__m256i n) {
   return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(n, _mm256_set1_epi32(127)), 23));
@@ -201,6 +205,7 @@ static inline Vec at_least(Vec low, Vec x) { return low.v > x.v ? low.v : x.v; }
 static inline Vec at_most(Vec high, Vec x) { return high.v < x.v ? high.v : x.v; }
 static inline Vec if_positive(Vec x, Vec yes, Vec no) { return x.v > 0.0f ? yes.v : no.v; }
 static inline Vec if_at_most_zero(Vec x, Vec yes, Vec no) { return x.v <= 0.0f ? yes.v : no.v; }
+static inline bool any_from(Vec x, Vec low) { return !(x.v < low.v); }
 static inline Vec round_even(Vec x) {
   const float shift = 12582912.0f;  // 1.5 · 2^23: adding it rounds to an integer, for |x| < 2^22
   return std::fabs(x.v) < 4194304.0f ? (x.v + shift) - shift : x.v;

@@ -50,6 +50,28 @@ class Sample:
     id: str
     shapes: Mapping[str, tuple[int, ...]]
     kwargs: Mapping[str, Any] = field(default_factory=dict)
+    masks: tuple[str, ...] = ()
+    """Tensors that hold 0 and 1 instead of any number; no gradient is asked of them."""
+
+    def tensors(self, generator: torch.Generator, scale: float = 1.0) -> dict[str, Tensor]:
+        """Normal numbers of standard deviation `scale`; masks are 1 in a box of about a third of each side."""
+        return {
+            name: _box(shape, generator) if name in self.masks else scale * torch.randn(shape, generator=generator)
+            for name, shape in self.shapes.items()
+        }
+
+
+def _box(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    mask = torch.zeros(shape)
+    for image in mask.unbind():
+        box = image
+        for dim, size in enumerate(shape[1:]):
+            length = -(-size // 3)
+            if size > 1:
+                start = int(torch.randint(size - length + 1, (), generator=generator))
+                box = box.narrow(dim, start, length)
+        box.fill_(1.0)
+    return mask
 
 
 @dataclass(frozen=True, eq=False)
