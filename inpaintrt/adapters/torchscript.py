@@ -23,6 +23,8 @@ from inpaintrt.runtime.probe import Finding, compare, in_double
 from inpaintrt.testing.recipe import image
 
 NAME = "torchscript"
+FAMILIES = ("lama",)
+"""Those of which public archives are known, and how they are called."""
 
 
 class Blended(nn.Module):
@@ -83,7 +85,7 @@ def rebuild(script: torch.jit.ScriptModule) -> nn.Module | str:
         copies = copy.deepcopy(script), copy.deepcopy(script).double()
     convention = "called with (image, mask), result blended" if len(arguments) == 2 else "called with one tensor"
     reasons = []
-    for family in loading.NETWORKS:
+    for family in FAMILIES:
         differences = []
         for options in _silent_options(family):
             try:

@@ -348,16 +348,22 @@ class LaMa(nn.Module):
         Returns:
             (B, 3, H, W); known pixels as given, the hole from the network.
         """
-        hole = mask.to(image.dtype)
+        return torch.where(mask != 0, self(self.network_input(image, mask)), image)
+
+    def network_input(self, image: Tensor, mask: Tensor) -> Tensor:
+        """What `forward` takes, of what `inpaint` does."""
         known = torch.where(mask != 0, torch.zeros((), dtype=image.dtype, device=image.device), image)
-        prediction = self(torch.cat([known, hole], dim=1))
-        return torch.where(mask != 0, prediction, image)
+        return torch.cat([known, mask.to(image.dtype)], dim=1)
 
 
 # ---- what weights say about their network ---------------------------------------------------------------------------
 
 ANCHOR = "1.ffc.convl2l.weight"
 """The stem's weight, by its name below the container of layers; no other network has a layer of that name."""
+
+ANCHORS = (ANCHOR,)
+NAMES = r"\d"
+PREFIX = "model."
 
 FOREIGN = (
     (r"(^|\.)(rel_pos_emb|direct_emb)\.", "a LaMa with masked positional encoding (lama_mpe), which ours lacks"),

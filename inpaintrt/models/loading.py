@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +14,15 @@ from torch import Tensor, nn
 
 from inpaintrt.runtime.errors import WeightsError
 
-from . import lama
+from . import deepfill_v1, deepfill_v2, lama
 from .weights_file import ModuleNote, WeightsFile
 
-NETWORKS = {"lama": lama.LaMa}
+NETWORKS = {"lama": lama.LaMa, "deepfill_v1": deepfill_v1.DeepFillV1, "deepfill_v2": deepfill_v2.DeepFillV2}
 SHIPPED = {"lama_mini": ("lama", "lama_mini.safetensors")}
-_FAMILIES = {"lama": lama}
-"""Modules with ANCHOR, FOREIGN, `config_from_state_dict` and `config_from_modules`; see `models.lama`."""
+_FAMILIES = {"lama": lama, "deepfill_v1": deepfill_v1, "deepfill_v2": deepfill_v2}
+"""Modules that know what their weights look like. Each has ANCHORS: keys below the container of layers, one of which is in
+every such file and in no other; NAMES: a pattern that fits the beginning of all keys there; PREFIX: what precedes them in
+our own state dict; FOREIGN, `config_from_state_dict` and `config_from_modules`. See `models.lama`."""
 
 _FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 _OTHERS = (
@@ -30,12 +32,13 @@ _OTHERS = (
     (r"encoder\.b\d+\.conv1\.conv1\.", "a MI-GAN generator"),
     (r"model\.diffusion_model\.", "a latent diffusion model"),
     (r"model\.\d+\.conv_block\.", "a LaMa without Fourier convolutions"),
+    (r"(^|\.)conv13_upsample_conv\.", "a CR-Fill generator"),
     (r"\.convl2l\.weight$", "a network of Fourier convolutions with another layout"),
 )
 
 
 def create(name: str, **options: Any) -> nn.Module:
-    """The network `name` ("lama") in eval mode with fresh weights; options are those of its class.
+    """The network `name` ("lama", "deepfill_v1", "deepfill_v2") in eval mode with fresh weights; options are its class's.
 
     Raises: `ValueError` for an unknown name.
     """
@@ -46,7 +49,8 @@ def load(name: str, path: str | os.PathLike[str] | None = None, **options: Any) 
     """The network `name` in eval mode with weights, float32 on the CPU.
 
     Args:
-        name: "lama_mini" (shipped with the package, no path), or a family ("lama") together with `path`.
+        name: "lama_mini" (shipped with the package, no path), or a family ("lama", "deepfill_v1", "deepfill_v2") together
+            with `path`.
         path: safetensors, a torch checkpoint of any age (plain or nested state dict, Lightning checkpoint, pickled
             module) or a TorchScript archive. Only tensors are read; no code in the file is imported or run.
         options: as for `build`.
@@ -75,31 +79,34 @@ def build(
     """A reference network with the weights of a state dict, which are copied: eval mode, float32, the state's device.
 
     Args:
-        family: "lama".
+        family: "lama", "deepfill_v1" or "deepfill_v2".
         state: tensors by name; whatever precedes the public keys is stripped, and other networks beside it are ignored.
         source: where the weights come from, for messages.
         prefix: which one to take where the state holds several networks of the family, such as "generator_ema".
-        options: arguments of the network's class, which override what was inferred. The shapes fix everything but
-            padding modes and output activation; those are read from modules where a file has them (TorchScript archives,
-            pickled modules), and are the released models' otherwise.
+        options: arguments of the network's class, which override what was inferred. Of a LaMa, the shapes fix everything
+            but padding modes and output activation; those are read from modules where a file has them (TorchScript
+            archives, pickled modules), and are the released models' otherwise. Of a DeepFill, names and shapes fix the
+            public port (`port`), and thereby the rest.
 
     Raises:
         ValueError, TypeError: unknown family or option.
         WeightsError: not this network; the message says what was found.
     """
     network_class = _network(family)
-    definition = _FAMILIES[family]
+    definition: Any = _FAMILIES[family]
     root = _root(family, state, source, prefix)
     for pattern, what in definition.FOREIGN:
         if any(re.search(pattern, name) for name in state):
             raise WeightsError(f"{source}: {what}")
-    tensors = {short: state[name] for short, name in _below(root, state).items()}
+    tensors = {short: state[name] for short, name in _below(root, state, definition).items()}
     modules: Mapping[str, ModuleNote] = getattr(state, "modules", {})
-    notes = {short: modules[name] for short, name in _below(root, modules).items()}
+    notes = {short: modules[name] for short, name in _below(root, modules, definition).items()}
     try:
         config = definition.config_from_state_dict(tensors)
     except KeyError as missing:
         raise WeightsError(f"{source}: not a {family} generator, the key {missing} is missing") from None
+    except ValueError as error:
+        raise WeightsError(f"{source}: not a {family} generator that ours can be: {error}") from None
     config |= definition.config_from_modules(notes)
     try:
         with torch.device("meta"):  # nothing to initialise: the weights take the parameters' place
@@ -109,7 +116,7 @@ def build(
             raise
         raise WeightsError(f"{source}: not a {family} generator that ours can be: {error}") from None
     _check(network, tensors, family, source)
-    device = tensors[f"model.{definition.ANCHOR}"].device
+    device = next(t.device for t in tensors.values())
     own = {key: _own(tensors.pop(key, None), like, device) for key, like in network.state_dict().items()}
     network.load_state_dict(own, assign=True)
     if bad := [k for k, t in network.state_dict().items() if t.is_floating_point() and not bool(t.isfinite().all())]:
@@ -129,16 +136,23 @@ def _network(name: str) -> Any:
 
 def _root(family: str, state: Mapping[str, Tensor], source: str, prefix: str | None) -> str:
     """The dotted path of the container in `state` whose children are the network's layers."""
-    anchor = _FAMILIES[family].ANCHOR
-    found = [name.removesuffix(anchor).rstrip(".") for name in state if f".{name}".endswith(f".{anchor}")]
-    expected = f"expected a {family} generator, with a key that ends in {anchor!r}"
+    anchors = _FAMILIES[family].ANCHORS
+    found = _roots(anchors, state)
+    ends = f"ends in {' or '.join(map(repr, anchors))}"
     if not found:
-        for pattern, what in _OTHERS:
-            if any(re.search(pattern, name) for name in state):
-                raise WeightsError(f"{source}: {what}, not a {family} generator; {expected}")
+        others = [
+            (bool(_roots(other.ANCHORS, state)), f"a {name} generator (load it under that name)")
+            for name, other in _FAMILIES.items()
+        ]
+        others += [(any(re.search(pattern, name) for name in state), what) for pattern, what in _OTHERS]
+        for is_this, what in others:
+            if is_this:
+                raise WeightsError(
+                    f"{source}: {what}, not a {family} generator; expected a {family} generator, with a key that {ends}"
+                )
         some = ", ".join(list(state)[:3])
         raise WeightsError(
-            f"{source}: not a {family} generator: none of its {len(state)} keys ends in {anchor!r} (found {some}, …)"
+            f"{source}: not a {family} generator: none of its {len(state)} keys {ends} (found {some}, …)"
         )
     if prefix is not None:
         chosen = [root for root in found if f"{root}.".startswith(f"{prefix.rstrip('.')}.")]
@@ -155,13 +169,22 @@ def _root(family: str, state: Mapping[str, Tensor], source: str, prefix: str | N
     return found[0]
 
 
-def _below(root: str, names: Mapping[str, Any]) -> dict[str, str]:
-    """The names of a network's layers under the public prefix "model.", with the names they have here."""
+def _roots(anchors: Iterable[str], state: Iterable[str]) -> list[str]:
+    return [
+        name.removesuffix(anchor).rstrip(".")
+        for name in state
+        for anchor in anchors
+        if f".{name}".endswith(f".{anchor}")
+    ]
+
+
+def _below(root: str, names: Mapping[str, Any], definition: Any) -> dict[str, str]:
+    """A network's names as they are in our state dict, with the names they have here."""
     start = f"{root}." if root else ""
     return {
-        f"model.{name.removeprefix(start)}": name
+        definition.PREFIX + name.removeprefix(start): name
         for name in names
-        if name.startswith(start) and name.removeprefix(start)[:1].isdigit()
+        if name.startswith(start) and re.match(definition.NAMES, name.removeprefix(start))
     }
 
 
