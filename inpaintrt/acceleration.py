@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from . import holders
-from .adapters import ADAPTERS, torchscript
+from .adapters import ADAPTERS, deepfill, torchscript
 from .explanation import explain
 from .recognition import Found, forget_refusal, recognise, refusal, refuse
 from .runtime.errors import UnsupportedError
@@ -92,7 +92,8 @@ def accelerate(
             is always compared with it.
         strict: raise `UnsupportedError` when a recognised module cannot be swapped or a TorchScript module not be rebuilt.
         composited: a promise that the caller composites the output with the mask; adapters may then skip work that
-            cannot reach the hole.
+            cannot reach the hole. The output elsewhere is not the original's, so `verify` finds it wrong. DeepFill's
+            attention uses it; `explain` says what it came to.
 
     Raises:
         ValueError: unknown option value, or a pattern that fits no module and no adapter.
@@ -121,6 +122,8 @@ def accelerate(
         _refuse_fp16(modules, options)
     try:
         _swap_all(modules, options)
+        if composited:
+            deepfill.restrict(module for _, module in modules)
         for slot, network in rebuilt:
             _put(slot, network, options)
     except UnsupportedError:

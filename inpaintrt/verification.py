@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 from collections.abc import Iterator
@@ -137,7 +138,7 @@ def _judge_parts(model: nn.Module, example: tuple[Any, ...]) -> Iterator[tuple[d
 
 def _judge(part: _Part, args: tuple[Any, ...]) -> tuple[dict[str, Any], str]:
     """The row of one part, and a note where it passes only by the numpy rule."""
-    with launches() as heard:
+    with launches() as heard, _kept(part.original):
         actual = flat_tensors(part.fused(*_clone(args)))
     numerics = numerics_of(heard)
     expected, truth = _original(part.original, args)
@@ -153,10 +154,34 @@ def _judge(part: _Part, args: tuple[Any, ...]) -> tuple[dict[str, Any], str]:
 
 def _original(module: nn.Module, args: tuple[Any, ...]) -> tuple[list[Tensor], list[Tensor]]:
     """The original's outputs in its own dtype and in float64."""
-    with disabled():
+    with disabled(), _kept(module):
+        wide = copy.deepcopy(module).double()
         expected = flat_tensors(module(*_clone(args)))
-        truth = flat_tensors(copy.deepcopy(module).double()(*in_double(_clone(args))))
+        with _default_double():
+            truth = flat_tensors(wide(*in_double(_clone(args))))
     return expected, truth
+
+
+@contextlib.contextmanager
+def _kept(module: nn.Module) -> Iterator[None]:
+    """Put back what a forward writes (the vectors of a spectral norm): all runs of a part start from the same state."""
+    before = [(t, t.detach().clone()) for t in (*module.parameters(), *module.buffers()) if not t.requires_grad]
+    try:
+        yield
+    finally:
+        for tensor, value in before:
+            tensor.data.copy_(value)
+
+
+@contextlib.contextmanager
+def _default_double() -> Iterator[None]:
+    """Modules that make constants in their forward run in float64 only so."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 def _compare(

@@ -4,6 +4,6 @@ from __future__ import annotations
 
 from inpaintrt.runtime.swap import Adapter
 
-from . import lama
+from . import contextual_attention, gated, lama
 
-ADAPTERS: tuple[Adapter, ...] = (*lama.ADAPTERS,)
+ADAPTERS: tuple[Adapter, ...] = (*lama.ADAPTERS, *contextual_attention.ADAPTERS, *gated.ADAPTERS)

@@ -31,7 +31,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from inpaintrt import ops
-from inpaintrt.ops._shared import PADDING_MODES
+from inpaintrt.ops._shared import PADDING_MODES, activate
 from inpaintrt.runtime import native
 
 from .folding import (
@@ -304,27 +304,32 @@ def affines_of(*parts: Layer | Spectral) -> Affines:
 
 
 def activated(act: Any, y: Tensor) -> Tensor:
-    """`act` on a tensor that nobody else holds."""
+    """`act` (a module, a pair of name and alpha, or None) on a tensor that nobody else holds."""
+    if isinstance(act, tuple):
+        return activate(y, *act)
     return y if act is None else y.relu_() if isinstance(act, nn.ReLU) else act(y)  # type: ignore[no-any-return]
 
 
 def convolved(
     conv: Any, x: Tensor, weight: Tensor, bias: Tensor | None, act: Any = None, more: Tensor | None = None
 ) -> Tensor:
-    """act(conv(x) + more) with the geometry of `conv`, another weight and bias: one op where that has a kernel."""
+    """act(conv(x) + more) with the geometry of `conv`, another weight and bias: one op where that has a kernel.
+
+    act: a module, a pair (name, alpha) as ops have them, or None.
+    """
     dtype = _kernel_dtype(conv, x)
     if dtype is None:
         around, padding = padded(conv, x)
         y = F.conv2d(around, weight, bias, conv.stride, padding, conv.dilation)
         return activated(act, y if more is None else y.add_(more))
-    relu = isinstance(act, nn.ReLU)
+    name, alpha = ("relu", None) if isinstance(act, nn.ReLU) else act if isinstance(act, tuple) else ("none", None)
     x, weight = x.to(dtype), weight.to(dtype)
     bias, more = (None if t is None else t.to(dtype) for t in (bias, more))
     y = ops.fused_conv2d(
         x, weight, bias, padding=conv.padding[0], padding_mode=conv.padding_mode,
-        activation="relu" if relu else "none", residual=more, residual_mode="before",
+        activation=name, alpha=alpha, residual=more, residual_mode="before",
     )  # fmt: skip
-    return y if relu else activated(act, y)
+    return y if name != "none" else activated(act, y)
 
 
 def _kernel_dtype(conv: Any, x: Tensor) -> torch.dtype | None:
