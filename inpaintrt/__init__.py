@@ -31,7 +31,7 @@ _HOME = {
     "use_backend": "runtime.policy", "disabled": "runtime.swap", "InpaintRTError": "runtime.errors",
     "UnsupportedError": "runtime.errors", "WeightsError": "runtime.errors",
 }  # fmt: skip
-_SUBMODULES = ("adapters", "models", "ops", "testing")
+_SUBMODULES = ("adapters", "models", "ops", "testing", "viz")
 
 __all__ = [
     "InpaintRTError", "Report", "UnsupportedError", "WeightsError", "__version__", "accelerate",

@@ -1,4 +1,4 @@
-"""The command line: `inpaintrt fill | demo | info | explain | verify | bench`, a thin layer over the Python API.
+"""The command line: `inpaintrt fill | flow | demo | info | explain | verify | bench`, a thin layer over the Python API.
 
 Exit status: 0 done; 1 done with failures (a file of a folder, a verification); 2 nothing done, one line says why.
 Progress and messages go to stderr, reports to stdout.
@@ -7,6 +7,7 @@ Progress and messages go to stderr, reports to stdout.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import os
 import sys
 import time
@@ -109,6 +110,22 @@ def _parser() -> argparse.ArgumentParser:
     fill.add_argument("--no-accelerate", action="store_true", help="run the reference network")
     _model_options(fill)
 
+    flow = command(
+        "flow",
+        _flow,
+        "paint from where in a photo contextual attention takes each part of a hole",
+        "Hue is the direction from a cell to its source, saturation the distance, white the cell itself: pink is bottom "
+        "left, green is top right. The photo is filled in one piece, whatever its size.",
+    )
+    flow.add_argument("photo", type=Path, metavar="PHOTO", help="photo")
+    flow.add_argument("mask", type=Path, metavar="MASK", help="mask of the photo's size, white = hole")
+    flow.add_argument("-o", "--out", type=Path, required=True, help="picture to write")
+    flow.add_argument("--invert-mask", action="store_true", help="black is the hole, white is kept")
+    flow.add_argument("--whole", action="store_true", help="paint the known part of the photo, too")
+    flow.add_argument("--overwrite", action="store_true", help="replace a file that exists")
+    _model_options(flow)
+    flow.set_defaults(model="deepfill_v2")
+
     demo = command("demo", _demo, "fill the photo that ships with the package, with times and errors before and after")
     demo.add_argument(
         "-o", "--out", type=Path, default=Path(), metavar="DIR", help="folder of the picture (default: this one)"
@@ -148,6 +165,12 @@ def _model_options(parser: argparse.ArgumentParser) -> None:
         help="a model that ships with the package, or LaMa weights: safetensors, torch checkpoint or TorchScript archive; "
         "default: %(default)s",
     )
+    parser.add_argument(
+        "--weights",
+        type=Path,
+        metavar="FILE",
+        help="weights for the network that --model names: lama, deepfill_v1 or deepfill_v2",
+    )
     _run_options(parser)
 
 
@@ -182,12 +205,12 @@ def _size(text: str) -> tuple[int, int]:
     return height, width
 
 
-def _load(name: str) -> nn.Module:
-    """A shipped model by name, or LaMa weights by path."""
+def _load(name: str, weights: Path | None = None) -> nn.Module:
+    """A shipped model by name, a network by name with `weights`, or LaMa weights by path."""
     path = Path(name)
     is_file = path.suffix.lower() in _WEIGHTS or os.sep in name or path.is_file()
     try:
-        model: nn.Module = irt.load("lama", path) if is_file else irt.load(name)
+        model: nn.Module = irt.load("lama", path) if is_file and weights is None else irt.load(name, weights)
     except ValueError as error:
         raise UsageError(str(error)) from error
     return model
@@ -203,7 +226,7 @@ def _fill(args: argparse.Namespace) -> int:
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)
         suffix = "." + args.format.lower().lstrip(".")
         work = jobs.plan(args.photo, args.mask, args.out, suffix=suffix, overwrite=args.overwrite)
-        model = _load(args.model)
+        model = _load(args.model, args.weights)
         if not args.no_accelerate:
             irt.accelerate(model, backend=args.backend)
         one = not args.photo.is_dir()
@@ -240,6 +263,29 @@ def _fill(args: argparse.Namespace) -> int:
     return 1 if failed else 0
 
 
+def _flow(args: argparse.Namespace) -> int:
+    from PIL import Image
+
+    from . import images, viz
+
+    begin = time.perf_counter()
+    target = images.writes(args.out)
+    images.check_target(args.out, overwrite=args.overwrite)
+    with warnings.catch_warnings():  # as in `_fill`
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        photo, mask = images.read_photo(args.photo), images.read_mask(args.mask, invert=args.invert_mask)
+    images.check_sizes(photo, mask)
+    images.check_writable(args.out, dataclasses.replace(photo, pixels=photo.rgb))
+    if not mask.hole.any():
+        raise UsageError(f"{args.mask} marks no hole")
+    model = irt.accelerate(_load(args.model, args.weights), backend=args.backend)
+    picture = viz.flow_of_fill(model, photo.rgb, mask.hole, whole=args.whole)
+    with images.replacing(args.out, overwrite=args.overwrite) as file:
+        Image.fromarray(picture).save(file, format=target.name, **target.options)
+    say(f"{args.out}  {time.perf_counter() - begin:.2f} s  {mask.describe()}")
+    return 0
+
+
 def _demo(args: argparse.Namespace) -> int:
     from . import demo
 
@@ -261,7 +307,7 @@ def _verify(args: argparse.Namespace) -> int:
 
 
 def _reported(args: argparse.Namespace, ask: Callable[..., Report]) -> int:
-    model = _load(args.model)
+    model = _load(args.model, args.weights)
     example = _example(model, args.size)
     irt.accelerate(model, backend=args.backend)
     report = ask(model, example)
@@ -270,14 +316,15 @@ def _reported(args: argparse.Namespace, ask: Callable[..., Report]) -> int:
 
 
 def _example(model: nn.Module, size: tuple[int, int]) -> torch.Tensor:
-    """The demo photo at `size`, as a LaMa takes it."""
+    """The demo photo at `size`, as the model's forward takes it."""
     from .demo import example
 
     net: Any = model
     if min(size) < net.min_size or any(side % net.size_multiple for side in size):
         accepted = f"both sides must be multiples of {net.size_multiple} and at least {net.min_size}"
         raise UsageError(f"--size {size[0]}x{size[1]}: {accepted}")
-    return example(*size)
+    x = example(*size)
+    return net.network_input(x[:, :3], x[:, 3:])
 
 
 def _bench(args: argparse.Namespace) -> int:
