@@ -376,13 +376,13 @@ def test_order_of_the_batch_is_kept(backend):
 def test_sampled_rows(factor):
     for size in range(factor, 300, factor):
         count = size // factor
-        assert source_index(size, factor, "stride") == tuple(range(0, size, factor))
+        assert source_index(size, factor, "stride") == list(range(0, size, factor))
         aligned = source_index(size, factor, "tf")
         assert len(aligned) == count
         assert aligned[0] == 0
         assert count == 1 or aligned[-1] == size - 1
         if factor == 2 and count % 2 == 0:  # the form in closed terms; odd counts have a tie in the middle
-            assert aligned == tuple(2 * i + (i >= count // 2) for i in range(count))
+            assert aligned == [2 * i + (i >= count // 2) for i in range(count)]
         for i, row in enumerate(aligned):  # ⌊i·(size − 1)/(count − 1) + ½⌋ but for ties
             assert count == 1 or abs(row * (count - 1) - i * (size - 1)) * 2 <= count - 1
 
@@ -392,10 +392,10 @@ def test_ties_follow_float32(size):
     """Where the rows of the original differ from a linspace in float32 of the same ends."""
     count = size // 2
     linspace = (torch.linspace(0, size - 1, count) + 0.5).floor().long().tolist()
-    assert list(source_index(size, 2, "tf")) != linspace
+    assert source_index(size, 2, "tf") != linspace
     step = np.float32(size - 1) / np.float32(count - 1)
     rows = np.floor(np.arange(count, dtype=np.float32) * step + np.float32(0.5))
-    assert list(source_index(size, 2, "tf")) == rows.astype(int).tolist()
+    assert source_index(size, 2, "tf") == rows.astype(int).tolist()
 
 
 HOPS = [
@@ -414,7 +414,7 @@ def test_hops_from_the_mask_to_the_grid(hops):
     got = grid_mask(mask, (16, 12), 2, hops, "each")
     rows, columns = torch.arange(64), torch.arange(48)
     for name, factor in hops or [("stride", 8)]:
-        rows, columns = (n[list(source_index(len(n), factor, name))] for n in (rows, columns))
+        rows, columns = (n[source_index(len(n), factor, name)] for n in (rows, columns))
     assert torch.equal(got, mask[:, :, rows][..., columns] != 0)
     assert torch.equal(grid_mask(mask, (16, 12), 2, hops, "first"), got[:1])
 
@@ -439,7 +439,7 @@ def test_hops_reach_the_op(backend):
 def test_reduction_reads_the_sampled_pixels():
     x = features(1, 2, 18, 12)
     for sampling in ("stride", "tf"):
-        rows, columns = (list(source_index(n, 2, sampling)) for n in (18, 12))
+        rows, columns = (source_index(n, 2, sampling) for n in (18, 12))
         assert torch.equal(reduced(x, 2, sampling), x[:, :, rows][..., columns])
 
 

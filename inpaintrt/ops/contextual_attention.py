@@ -18,7 +18,6 @@ stream through buffers; no L×L matrix exists.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
@@ -40,8 +39,13 @@ MASK_MODES = ("zero", "neginf")
 DIVISORS = ("const4", "overlap")
 
 
-@functools.lru_cache(maxsize=256)
-def source_index(size: int, factor: int, sampling: str) -> tuple[int, ...]:
+def _float32(x: float) -> float:
+    """x rounded to float32, by arithmetic alone (Veltkamp's splitting): compilers trace it, and take it for a constant."""
+    t = x * (2.0**29 + 1.0)
+    return t - (t - x)
+
+
+def source_index(size: int, factor: int, sampling: str) -> list[int]:
     """The rows (or columns) of `size` that nearest-neighbour reduction by `factor` reads.
 
     "stride": 0, factor, 2·factor, …; "tf": TensorFlow 1's resize with align_corners, ⌊i·(size − 1)/(size/factor − 1) + ½⌋
@@ -49,9 +53,9 @@ def source_index(size: int, factor: int, sampling: str) -> tuple[int, ...]:
     """
     count = size // factor
     if sampling == "stride":
-        return tuple(range(0, count * factor, factor))
-    step = torch.tensor(size - 1.0) / (count - 1.0) if count > 1 else torch.tensor(float(factor))
-    return tuple(int(i) for i in (torch.arange(count) * step + 0.5).floor().clamp(max=size - 1).tolist())
+        return list(range(0, count * factor, factor))
+    step = _float32((size - 1) / (count - 1)) if count > 1 else float(factor)
+    return [min(int(_float32(_float32(i * step) + 0.5)), size - 1) for i in range(count)]
 
 
 def reduced(x: Tensor, factor: int, sampling: str) -> Tensor:
