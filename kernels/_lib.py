@@ -169,10 +169,23 @@ def from_float32(x, dtype: tl.constexpr):
 
 
 @triton.jit
+def opaque(x):
+    """Float32 x, of which the compiler does not see where it came from. For operands of `dot` that were 16 bits.
+
+    Triton 3.7 makes such a product TF32 on sm_100, "ieee" or not (triton-lang/triton issue 10176), and so rounds the
+    other operand. It looks for the load behind an operand, but not behind an instruction with side effects.
+    """
+    if not INTERPRETING:
+        x = tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [x], dtype=tl.float32, is_pure=False, pack=1)
+    return x
+
+
+@triton.jit
 def dot(a, b, acc, PRECISION: tl.constexpr = IEEE):
     """acc + a @ b with float32 accumulation. Every kernel uses this in place of `tl.dot`.
 
-    PRECISION ("ieee", "tf32", "tf32x3") concerns float32 operands only.
+    PRECISION ("ieee", "tf32", "tf32x3") concerns float32 operands only; "ieee" is kept only if none of them is a
+    converted one that is not `opaque`.
     """
     if INTERPRETING:
         acc = tl.dot(to_float32(a), to_float32(b), acc, input_precision="ieee", out_dtype=tl.float32)
@@ -282,6 +295,14 @@ def nest_offsets(i, n1, n2, n3, s0, s1, s2, s3, NDIM: tl.constexpr):
             else:
                 offsets += (i % n1) * s1 + (i // n1) * s0
     return offsets
+
+
+@triton.jit
+def widened(i, WIDE: tl.constexpr):
+    """i, in 64 bits if WIDE; what is computed from it is as wide."""
+    if WIDE:
+        i = i.to(tl.int64)
+    return i
 
 
 def needs_wide(*tensors: Tensor) -> bool:

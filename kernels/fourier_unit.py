@@ -45,20 +45,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._lib import Budget, Launch, activate, dot_chunk, from_float32, needs_wide, run, to_float32
+from ._lib import Budget, Launch, activate, dot_chunk, from_float32, needs_wide, opaque, run, to_float32, widened
 
 _INTS = ["lines", "channels", "h", "w"]
 
 # ---- pieces ---------------------------------------------------------------------------------------------------------
 # A "line" is what is transformed: a row of one channel, or a column of one. Tiles are [position, line].
-
-
-@triton.jit
-def _wide(i, WIDE: tl.constexpr):
-    """i, in 64 bits if WIDE; what is computed from it is as wide."""
-    if WIDE:
-        i = i.to(tl.int64)
-    return i
 
 
 @triton.jit
@@ -73,7 +65,7 @@ def _at(lines, i, stride, ALONG: tl.constexpr, WIDE: tl.constexpr):
 
     Triton gives neighbouring threads the last dimension, so ALONG is for lines whose elements are neighbours in memory.
     """
-    offset = _wide(i, WIDE) * stride
+    offset = widened(i, WIDE) * stride
     if ALONG:
         at = lines[:, None] + offset[None, :]
     else:
@@ -150,7 +142,7 @@ def _transform(
         total += even
         at += turn[:, None]
         at = tl.where(at >= n, at - n, at)
-    last = tl.load(lines + _wide(middle, WIDE) * stride, mask=in_lines & (n % 2 == 0), other=0.0)
+    last = tl.load(lines + widened(middle, WIDE) * stride, mask=in_lines & (n % 2 == 0), other=0.0)
     a += _alternate(k)[:, None] * to_float32(last)[None, :]
     total = tl.sum(total * _alternate(j)[:, None], 0) + _alternate(middle) * to_float32(last)
     return a, b, total
@@ -181,7 +173,7 @@ def _rows(
     STEP: tl.constexpr,
 ):
     """spectrum = scale · the transform of each row of x, bins 0 to w/2."""
-    program, channels = _wide(tl.program_id(0), WIDE), _wide(channels, WIDE)
+    program, channels = widened(tl.program_id(0), WIDE), widened(channels, WIDE)
     points, middle = (w + 1) // 2, w // 2
     tiles = tl.cdiv(points, POINTS)
     k = (program % tiles).to(tl.int32) * POINTS + tl.arange(0, POINTS)
@@ -215,7 +207,7 @@ def _columns(
     STEP: tl.constexpr,
 ):
     """target = the complex transform of each column of source, unscaled; the inverse exchanges bins k and h − k."""
-    program, plane = _wide(tl.program_id(0), WIDE), _wide(plane, WIDE)
+    program, plane = widened(tl.program_id(0), WIDE), widened(plane, WIDE)
     points, middle = (h + 1) // 2, h // 2
     tiles, strips, pitch = tl.cdiv(points, POINTS), tl.cdiv(plane, LINES // 2), 2 * plane
     k = (program % tiles).to(tl.int32) * POINTS + tl.arange(0, POINTS)
@@ -263,11 +255,11 @@ def _mix(
     STEP: tl.constexpr,
 ):
     """target = ReLU(weight · source + bias) at every bin."""
-    program, half = _wide(tl.program_id(0), WIDE), _wide(half, WIDE)
+    program, half = widened(tl.program_id(0), WIDE), widened(half, WIDE)
     tiles = tl.cdiv(2 * outputs, PARTS)
     part = (program % tiles).to(tl.int32) * PARTS + tl.arange(0, PARTS)  # as in target: all real, then all imaginary
     in_parts, output, imaginary = part < 2 * outputs, part % outputs, part // outputs
-    row = _wide(2 * output + imaginary, WIDE)
+    row = widened(2 * output + imaginary, WIDE)
     weight += row * w_row
     at = program // tiles * BINS + tl.arange(0, BINS)
     inside = at < bins
@@ -279,7 +271,7 @@ def _mix(
         for first in range(0, inputs, STEP):
             c = first + tl.arange(0, STEP)
             value = tl.load(source[:, None] + c[None, :], mask=_mask(inside, c < inputs, True), other=0.0)
-            factor = _load(weight, in_parts, c, c < inputs, 2 * w_column, True, WIDE)
+            factor = opaque(_load(weight, in_parts, c, c < inputs, 2 * w_column, True, WIDE))
             acc = dot_chunk(value, factor, acc)
         source += half * inputs
         weight += w_column
@@ -315,7 +307,7 @@ def _rows_back(
     STEP: tl.constexpr,
 ):
     """out = scale · the real inverse transform of each row of spectrum + residual."""
-    program, channels = _wide(tl.program_id(0), WIDE), _wide(channels, WIDE)
+    program, channels = widened(tl.program_id(0), WIDE), widened(channels, WIDE)
     points, middle = (w + 1) // 2, w // 2
     tiles, plane = tl.cdiv(points, POINTS), (middle + 1) * channels
     k = (program % tiles).to(tl.int32) * POINTS + tl.arange(0, POINTS)

@@ -117,8 +117,8 @@ def _product(a, b, c, k, CHUNK: tl.constexpr):
     tl.store(c + m[:, None] * 32 + m[None, :], acc)
 
 
-def _assembly(launch: _lib.Launch) -> dict[str, str]:
-    target, options = aot.GPUTarget("cuda", 90, 32), dict(launch.options)
+def _assembly(launch: _lib.Launch, arch: int = 90) -> dict[str, str]:
+    target, options = aot.GPUTarget("cuda", arch, 32), dict(launch.options)
     return dict(triton.compile(aot.source(launch), target=target, options=options).asm)
 
 
@@ -134,6 +134,14 @@ def test_the_compiler_keeps_chunked_sums_apart() -> None:
         options = {"num_warps": 4, "enable_fp_fusion": False}
         assembly = _assembly(_lib.Launch(_product, (1,), (t, t, t, 100), {"CHUNK": chunk}, options))
         assert _chained(assembly) == [not chunk]
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_16_bit_weights_are_multiplied_in_float32(dtype: str) -> None:
+    """On sm_100 Triton makes a product with a converted operand TF32 unless it cannot see the conversion."""
+    assembly = _assembly(dict(fourier_unit.variants())[f"forward {dtype} NHWC mix"], 100)
+    assert "fma.rn.f32" in assembly["ptx"]
+    assert "mma" not in assembly["ptx"]
 
 
 def test_spectra_are_ieee_float32_in_chunks() -> None:
