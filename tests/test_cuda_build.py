@@ -27,6 +27,7 @@ from torch import Tensor
 from inpaintrt.backends import cuda as cuda_backend
 from inpaintrt.backends import cupy as cupy_backend
 from inpaintrt.ops._shared import ACTIVATIONS
+from inpaintrt.ops.contextual_attention import SPEC as CONTEXTUAL
 from inpaintrt.ops.gated_activation import SPEC
 from inpaintrt.runtime import native
 from inpaintrt.testing import assert_close_to_truth
@@ -41,11 +42,15 @@ ALL_ARCHS = (80, 86, 89, 90, 100, 120)
 ARCHS = tuple(int(a) for a in os.environ.get("INPAINTRT_CUDA_ARCHS", "90").replace(",", ";").split(";"))
 # Registers a thread may use (in blocks of 256), by the beginning of the kernel's name. gated_activation: as many threads
 # as an SM can run, 2048 or 1536. fourier_unit: two blocks where shared memory allows no more, else four.
+# contextual_attention: two blocks for products, which keep 64 sums a thread; else four.
 REGISTERS = {
     "gated_activation": {80: 32, 90: 32, 100: 32, 86: 40, 89: 40, 120: 40},
     "fourier_unit_columns": dict.fromkeys(ALL_ARCHS, 128),
     "fourier_unit_mix": dict.fromkeys(ALL_ARCHS, 128),
     "fourier_unit": dict.fromkeys(ALL_ARCHS, 64),
+    "contextual_attention_gram": dict.fromkeys(ALL_ARCHS, 128),
+    "contextual_attention_paste": dict.fromkeys(ALL_ARCHS, 128),
+    "contextual_attention": dict.fromkeys(ALL_ARCHS, 64),
 }
 
 pytestmark = pytest.mark.skipif(bool(native.missing()), reason=native.missing() or "native")
@@ -210,8 +215,24 @@ def fourier_entries() -> frozenset[str]:
     return frozenset(found)
 
 
+@functools.cache
+def contextual_entries() -> frozenset[str]:
+    found = set()
+    choices = itertools.product(DTYPES, (32, 64), ((0, "max"), (3, "sum_eps")))
+    for dtype, channels, (fuse_size, norm) in choices:
+        x = torch.empty(1, channels, 4, 4, dtype=dtype)
+        args = CONTEXTUAL.bind(x, x, fuse_size=fuse_size, norm=norm)
+        found |= {launch.entry for launch in simulation.plan("contextual_attention", args, (x,)).launches}
+    assert len(found) == 5 * len(DTYPES) + 2 * 2  # squares, gram, finish, paste for two widths; keys, weights
+    return frozenset(found)
+
+
 # Every instance that plans of an op can name.
-ENTRIES = {"gated_activation": gated_entries, "fourier_unit": fourier_entries}
+ENTRIES = {
+    "gated_activation": gated_entries,
+    "fourier_unit": fourier_entries,
+    "contextual_attention": contextual_entries,
+}
 
 
 def all_entries() -> frozenset[str]:
@@ -370,8 +391,8 @@ def test_library_loads_and_refuses_without_a_driver(build: Build, tmp_path: Path
     assert info["ptx"] == max(ARCHS)
     if info["driver"]:
         pytest.skip("a CUDA driver is present: nothing to refuse")
-    *refused, nothing_to_do = statuses
-    calls = ("gated_activation 1", "fourier_unit 3", "fourier_unit_unfused 5")  # with the number of launches
+    *refused, nothing_to_do = statuses  # with the number of launches
+    calls = ("gated_activation 1", "fourier_unit 3", "fourier_unit_unfused 5", "contextual_attention 6")
     for call, status in zip(calls, refused, strict=True):
         assert status.startswith(
             f"{call} 4 no CUDA driver, or one too old (CUDA error 35): these kernels were built by nvcc {info['nvcc']}"

@@ -178,10 +178,17 @@ struct Kernel {
   }
 };
 
+py::tuple described(const irt_launch& one) {
+  return py::make_tuple(std::string(one.entry), py::make_tuple(one.grid[0], one.grid[1], one.grid[2]),
+                        py::make_tuple(one.block[0], one.block[1], one.block[2]), one.shared_bytes,
+                        py::bytes(reinterpret_cast<const char*>(one.params), one.params_bytes));
+}
+
 struct Planner {
   irt_planner plan;
 
-  // ([(entry, grid, block, shared bytes, parameter bytes), …], workspace bytes); no launches = nothing to do.
+  // ([(entry, grid, block, shared bytes, parameter bytes, round or None), …], workspace bytes); no launches = nothing
+  // to do. Launches that are repeated are listed as often as they run.
   py::tuple operator()(const py::tuple& args, const py::tuple& outs, int device_type) const {
     const Call call(args, outs, device_type, 0);
     irt_plan p;
@@ -189,11 +196,12 @@ struct Planner {
     plan(call.get(), &p, &status);
     raise_unless_ok(status);
     py::list launches;
-    for (int i = 0; i < p.count; ++i) {
-      const irt_launch& one = p.launches[i];
-      launches.append(py::make_tuple(std::string(one.entry), py::make_tuple(one.grid[0], one.grid[1], one.grid[2]),
-                                     py::make_tuple(one.block[0], one.block[1], one.block[2]), one.shared_bytes,
-                                     py::bytes(reinterpret_cast<const char*>(one.params), one.params_bytes)));
+    const int repeated = p.rounds ? p.first_repeated : p.count;
+    for (int i = 0; i < repeated; ++i) launches.append(described(p.launches[i]) + py::make_tuple(py::none()));
+    py::tuple again[IRT_MAX_LAUNCHES];
+    for (int i = repeated; i < p.count; ++i) again[i] = described(p.launches[i]);
+    for (int round = 0; round < p.rounds; ++round) {
+      for (int i = repeated; i < p.count; ++i) launches.append(again[i] + py::make_tuple(round));
     }
     return py::make_tuple(launches, p.workspace_bytes);
   }

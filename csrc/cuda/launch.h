@@ -15,16 +15,20 @@ struct Instance {
   const char* entry;
   const void* kernel;
   uint32_t params_bytes;
-  bool workspace;
+  bool workspace, round;  // further parameters that it has
 };
 
 template <class Params>
 Instance instance(const char* entry, void (*kernel)(Params)) {
-  return {entry, reinterpret_cast<const void*>(kernel), sizeof(Params), false};
+  return {entry, reinterpret_cast<const void*>(kernel), sizeof(Params), false, false};
 }
 template <class Params>
 Instance instance(const char* entry, void (*kernel)(Params, void*)) {
-  return {entry, reinterpret_cast<const void*>(kernel), sizeof(Params), true};
+  return {entry, reinterpret_cast<const void*>(kernel), sizeof(Params), true, false};
+}
+template <class Params>
+Instance instance(const char* entry, void (*kernel)(Params, void*, int)) {
+  return {entry, reinterpret_cast<const void*>(kernel), sizeof(Params), true, true};
 }
 
 struct Record {

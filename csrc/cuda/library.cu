@@ -68,22 +68,24 @@ class Device {
   bool changed_ = false;
 };
 
-const Instance* find(const Instance* instances, size_t count, const irt_launch& launch, bool workspace) {
+const Instance* find(const Instance* instances, size_t count, const irt_launch& launch, bool workspace, bool round) {
   for (size_t i = 0; i < count; ++i) {
     const Instance& have = instances[i];
     if (strcmp(have.entry, launch.entry)) continue;
-    return have.params_bytes == launch.params_bytes && have.workspace == workspace ? &have : nullptr;
+    const bool fits = have.params_bytes == launch.params_bytes && have.workspace == workspace && have.round == round;
+    return fits ? &have : nullptr;
   }
   return nullptr;
 }
 
-cudaError_t launch_one(const void* kernel, const irt_launch& launch, void* workspace, cudaStream_t stream) {
+cudaError_t launch_one(const void* kernel, const irt_launch& launch, void* workspace, int round, cudaStream_t stream) {
   if (launch.shared_bytes > kPlainShared) {
     const auto bytes = static_cast<int>(launch.shared_bytes);
     const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
     if (error != cudaSuccess) return error;
   }
-  void* params[] = {const_cast<unsigned char*>(launch.params), &workspace};  // read up to the kernel's own number
+  void* params[] = {const_cast<unsigned char*>(launch.params), &workspace,
+                    &round};  // read up to the kernel's own number
   const dim3 grid(launch.grid[0], launch.grid[1], launch.grid[2]);
   const dim3 block(launch.block[0], launch.block[1], launch.block[2]);
   return cudaLaunchKernel(kernel, grid, block, params, launch.shared_bytes, stream);
@@ -96,8 +98,9 @@ void launch(const Instance* instances, size_t count, const irt_call& call, const
   status.code = IRT_OK;
   status.message[0] = 0;
   const Instance* found[IRT_MAX_LAUNCHES];
+  const int repeated = plan.rounds ? plan.first_repeated : plan.count;
   for (int i = 0; i < plan.count; ++i) {
-    found[i] = find(instances, count, plan.launches[i], plan.workspace_bytes > 0);
+    found[i] = find(instances, count, plan.launches[i], plan.workspace_bytes > 0, i >= repeated);
     if (found[i]) continue;  // else a plan and an instance list disagree: a fault of the build, which a test looks for
     status.code = IRT_UNSUPPORTED;
     snprintf(status.message, sizeof status.message, "the CUDA library has no instance %s", plan.launches[i].entry);
@@ -106,11 +109,18 @@ void launch(const Instance* instances, size_t count, const irt_call& call, const
   if (!plan.count) return;
   const Device device(call.device);
   if (device.error != cudaSuccess) return refuse(status, device.error, plan.launches[0].entry);
-  for (int i = 0; i < plan.count; ++i) {
+  const auto launch_range = [&](int begin, int end, int round) {
     const auto stream = static_cast<cudaStream_t>(call.stream);
-    const cudaError_t error = launch_one(found[i]->kernel, plan.launches[i], workspace, stream);
-    if (error != cudaSuccess) return refuse(status, error, plan.launches[i].entry);
-  }
+    for (int i = begin; i < end; ++i) {
+      const cudaError_t error = launch_one(found[i]->kernel, plan.launches[i], workspace, round, stream);
+      if (error == cudaSuccess) continue;
+      refuse(status, error, plan.launches[i].entry);
+      return false;
+    }
+    return true;
+  };
+  bool fine = launch_range(0, repeated, 0);
+  for (int round = 0; fine && round < plan.rounds; ++round) fine = launch_range(repeated, plan.count, round);
 }
 
 }  // namespace irt::cuda

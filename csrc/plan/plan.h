@@ -84,7 +84,7 @@ Nest<Offset, kOperands> nest(const Loop<kOperands>& loop, int pack) {
 // No launches. What the array of launches holds stays as it is: nobody reads beyond `count`.
 static inline void clear(irt_plan& plan) {
   plan.workspace_bytes = 0;
-  plan.count = 0;
+  plan.count = plan.first_repeated = plan.rounds = 0;
 }
 
 // Appends a launch of whole blocks over `count` > 0 threads in one dimension, which still lacks its entry and its

@@ -62,10 +62,11 @@ def launcher(op: str) -> Launcher:
                 kernels.update(((entry, device), kernel) for entry, kernel in _compile(op, absent).items())
             memory = workspace(outs[0], workspace_bytes) if workspace_bytes else None
             pointer = () if memory is None else (np.uintp(memory.data_ptr()),)
-            for entry, grid, block, shared_bytes, params in launches:
+            for entry, grid, block, shared_bytes, params, round in launches:
                 # A NumPy array of one element is passed by value: the plan's parameter struct, as opaque bytes.
                 value = np.frombuffer(params, dtype=np.dtype((np.void, len(params))))
-                kernels[entry, device](grid, block, (value, *pointer), shared_bytes)
+                further = pointer if round is None else (*pointer, np.int32(round))
+                kernels[entry, device](grid, block, (value, *further), shared_bytes)
 
     return launch
 

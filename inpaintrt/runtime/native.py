@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-ABI = 2
+ABI = 3
 
 
 @functools.cache

@@ -1,5 +1,6 @@
-// Loads the CUDA library as a C++ product would and calls two ops with host memory: `call LIBRARY`. Prints the library's
-// description, then a status for each call. Only for machines without a driver, where nothing can be launched.
+// Loads the CUDA library as a C++ product would and calls some ops with host memory: `call LIBRARY`. Prints the
+// library's description, then a status for each call. Only for machines without a driver, where nothing can be
+// launched.
 #include <dlfcn.h>
 
 #include <cstdio>
@@ -18,15 +19,29 @@ irt_value tensor(const irt_view& view) {
   value.tensors = &view;
   return value;
 }
+irt_value integer(int number) {
+  irt_value value = {};
+  value.kind = IRT_INT;
+  value.i = number;
+  return value;
+}
+irt_value text(const char* letters) {
+  irt_value value = {};
+  value.kind = IRT_STRING;
+  value.s = letters;
+  return value;
+}
+const irt_value none = {};
 
 // Plans a call, provides the workspace, launches.
-bool run(const char* op, const irt_value* args, const irt_view& out) {
+template <int count>
+bool run(const char* op, const irt_value (&args)[count], const irt_view& out) {
   const irt_planner planner = find_plan(op);
   const irt_launcher launcher = find(op);
   if (!planner || !launcher) return false;
   irt_call call = {};
   call.args = args;
-  call.nargs = 4;
+  call.nargs = count;
   call.outs = &out;
   call.nouts = 1;
   irt_plan plan;
@@ -53,13 +68,14 @@ int main(int argc, char** argv) {
   alignas(16) float x[8] = {}, out[8] = {}, weight[16] = {};
   irt_view input = {x, IRT_F32, 4, {1, 2, 2, 2}, {8, 4, 2, 1}}, half = {out, IRT_F32, 4, {1, 1, 2, 2}, {4, 4, 2, 1}};
   const irt_view whole = {out, IRT_F32, 4, {1, 2, 2, 2}, {8, 4, 2, 1}}, matrix = {weight, IRT_F32, 2, {4, 4}, {4, 1}};
-  irt_value elu = {};
-  elu.kind = IRT_STRING;
-  elu.s = "elu";
-  const irt_value gated[4] = {tensor(input), elu};  // the rest is absent
+  const irt_value gated[4] = {tensor(input), text("elu")};  // the rest is absent
   const irt_value fourier[4] = {tensor(input), tensor(matrix)};
   if (!run("gated_activation", gated, half) || !run("fourier_unit", fourier, whole)) return 4;
   if (!run("fourier_unit_unfused", fourier, whole)) return 4;
+  const irt_value contextual[14] = {tensor(input), tensor(input), none,           integer(3), integer(1),
+                                    integer(2),    integer(3),    none,           text("tf"), text("max"),
+                                    none,          text("zero"),  text("const4"), none};
+  if (!run("contextual_attention", contextual, whole)) return 4;
 
   input.sizes[0] = half.sizes[0] = 0;  // nothing to do needs no device
   return run("gated_activation", gated, half) ? 0 : 4;

@@ -23,6 +23,13 @@
 #define __grid_constant__
 #define __expf expf
 static inline float __fdividef(float a, float b) { return a / b; }
+static inline float __int_as_float(int bits) {
+  float value;
+  memcpy(&value, &bits, sizeof value);
+  return value;
+}
+static inline float __fadd_rn(float a, float b) { return a + b; }
+static inline float __fmul_rn(float a, float b) { return a * b; }
 static inline void sincospif(float x, float* sine, float* cosine) {
   const double angle = 3.14159265358979323846 * static_cast<double>(x);
   *sine = static_cast<float>(std::sin(angle));
@@ -46,6 +53,7 @@ struct Launch {
   unsigned grid[3], block[3], shared_bytes, params_bytes;
   const void* params;
   void* workspace;
+  int round;     // -1: the kernel has no such parameter
   int reversed;  // the last thread first
 };
 
@@ -136,7 +144,7 @@ Outcome run_grid(const F& f, const Launch& launch) {
 template <class Params>
 Outcome run(void (*kernel)(Params), const Launch& launch) {
   Params params;
-  if (launch.params_bytes != sizeof params || launch.workspace) return kOtherParameters;
+  if (launch.params_bytes != sizeof params || launch.workspace || launch.round >= 0) return kOtherParameters;
   memcpy(static_cast<void*>(&params), launch.params, sizeof params);
   return run_grid([&] { kernel(params); }, launch);
 }
@@ -144,9 +152,17 @@ Outcome run(void (*kernel)(Params), const Launch& launch) {
 template <class Params>
 Outcome run(void (*kernel)(Params, void*), const Launch& launch) {
   Params params;
-  if (launch.params_bytes != sizeof params || !launch.workspace) return kOtherParameters;
+  if (launch.params_bytes != sizeof params || !launch.workspace || launch.round >= 0) return kOtherParameters;
   memcpy(static_cast<void*>(&params), launch.params, sizeof params);
   return run_grid([&] { kernel(params, launch.workspace); }, launch);
+}
+
+template <class Params>
+Outcome run(void (*kernel)(Params, void*, int), const Launch& launch) {
+  Params params;
+  if (launch.params_bytes != sizeof params || !launch.workspace || launch.round < 0) return kOtherParameters;
+  memcpy(static_cast<void*>(&params), launch.params, sizeof params);
+  return run_grid([&] { kernel(params, launch.workspace, launch.round); }, launch);
 }
 
 }  // namespace simulated

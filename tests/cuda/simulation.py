@@ -36,6 +36,7 @@ class Launch(NamedTuple):
     block: tuple[int, int, int]
     shared_bytes: int
     params: bytes
+    round: int | None = None  # of a launch that is repeated
 
 
 class Plan(NamedTuple):
@@ -59,6 +60,7 @@ class _Launch(ctypes.Structure):
         ("params_bytes", ctypes.c_uint),
         ("params", ctypes.c_char_p),
         ("workspace", ctypes.c_void_p),
+        ("round", ctypes.c_int),  # -1: no such parameter
         ("reversed", ctypes.c_int),
     )
 
@@ -83,8 +85,9 @@ class Simulator:
     def launch(self, launch: Launch, workspace: int | None = None, *, reverse: bool = False) -> None:
         """One launch, with the workspace at this address; `reverse` runs the last thread of a block first."""
         three = ctypes.c_uint * 3
-        entry, grid, block, shared_bytes, params = launch
-        form = _Launch(three(*grid), three(*block), shared_bytes, len(params), params, workspace, reverse)
+        entry, grid, block, shared_bytes, params, round = launch
+        round = -1 if round is None else round
+        form = _Launch(three(*grid), three(*block), shared_bytes, len(params), params, workspace, round, reverse)
         outcome = self._simulate(entry.encode(), ctypes.byref(form))
         assert outcome == 0, f"{entry}: {_OUTCOMES[outcome]}"
 
@@ -137,6 +140,11 @@ class _SimulatedKernel:
     def __call__(self, grid: Any, block: Any, args: Sequence[Any], *, shared_mem: int) -> None:
         assert shared_mem <= self.max_dynamic_shared_size_bytes, f"{self._entry} may not use {shared_mem} bytes"
         self._cupy.launched.append(self._entry)
-        params, *workspace = args
-        launch = Launch(self._entry, grid, block, shared_mem, params.tobytes())
-        self._cupy.simulate.launch(launch, *map(int, workspace))
+        params, *further = map(_python, args)
+        workspace, round = (*further, None, None)[:2]
+        self._cupy.simulate.launch(Launch(self._entry, grid, block, shared_mem, params, round), workspace)
+
+
+def _python(arg: Any) -> Any:
+    """A kernel's parameter: bytes or an integer."""
+    return arg.tobytes() if arg.dtype.kind == "V" else int(arg)

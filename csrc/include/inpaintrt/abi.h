@@ -14,7 +14,7 @@
 extern "C" {
 #endif
 
-#define IRT_ABI_VERSION 2
+#define IRT_ABI_VERSION 3
 #define IRT_MAX_DIMS 6
 #define IRT_MAX_LAUNCHES 8
 
@@ -97,10 +97,15 @@ typedef struct irt_launch {
 } irt_launch;
 
 /* What a call launches, in this order on one stream; no launches = nothing to do. If there is a workspace, each kernel
- * has a second parameter: its address, `void*`, a multiple of 256. What it holds is lost after the last launch. */
+ * has a second parameter: its address, `void*`, a multiple of 256. What it holds is lost after the last launch.
+ *
+ * With rounds, which only plans with a workspace have, the launches from `first_repeated` on run, one after the other,
+ * `rounds` times; their kernels have a third parameter: the number of the round, `int`, from 0. */
 typedef struct irt_plan {
   int64_t workspace_bytes; /* of device memory */
   int32_t count;           /* of launches */
+  int32_t first_repeated;  /* unused without rounds */
+  int32_t rounds;          /* 0: each launch runs once */
   irt_launch launches[IRT_MAX_LAUNCHES];
 } irt_plan;
 
