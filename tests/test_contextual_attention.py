@@ -19,9 +19,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from inpaintrt import ops, use_backend
 from inpaintrt.ops.contextual_attention import attend, grid_mask, reduced, source_index
+from inpaintrt.runtime import native
 from inpaintrt.runtime.errors import UnsupportedError
 from inpaintrt.runtime.library import dispatchers
 from inpaintrt.testing import assert_close_to_truth, recipe
+from inpaintrt.testing.memory import in_fresh_process
 
 from .conftest import ran
 
@@ -705,3 +707,27 @@ def test_every_word_has_a_meaning_of_its_own():
         for combination in itertools.product(*words.values())
     ]
     assert all(not torch.equal(a, b) for a, b in itertools.combinations(seen, 2))
+
+
+def _workspace(channels, side, threads):
+    """Bytes that the CPU kernel's workspace ever had, in a process of its own."""
+    import torch
+
+    from inpaintrt import ops
+    from inpaintrt.runtime import native
+
+    torch.set_num_threads(threads)
+    x = torch.rand(1, channels, side, side)
+    hole = torch.zeros(1, 1, side // 2, side // 2)
+    hole[..., side // 8 : side // 6, side // 8 : side // 6] = 1
+    queries = hole.clone()  # the workspace is the same, the work is not
+    ops.contextual_attention(x, x, hole, queries=queries)
+    return native.library().arena_peak_bytes()
+
+
+@pytest.mark.skipif(bool(native.missing()), reason=native.missing() or "native")
+@pytest.mark.parametrize(("channels", "side", "threads"), [(96, 128, 1), (192, 128, 2), (96, 128, 7), (128, 256, 2)])
+def test_workspace_stays_within_its_budget(channels, side, threads):
+    """12·T·L floats with T = 128 cells, whatever the width and the number of threads; the arena rounds up to 2 MB."""
+    cells = (side // 2) ** 2
+    assert in_fresh_process(_workspace, channels, side, threads) <= 12 * 128 * cells * 4 + (2 << 20)

@@ -316,6 +316,14 @@ def refuses(
         )
 
 
+def _cuda_refuses(foreground: Tensor, *rest: object) -> Iterator[str]:
+    """Likewise; and images of more than 2²⁴ pixels, 2¹⁸ channels, or 2³⁰ cells in a batch."""
+    yield from refuses(foreground, *rest)  # type: ignore[arg-type]
+    b, c, h, w = foreground.shape
+    if h * w > 1 << 24 or c > 1 << 18 or b * (h // 2) * (w // 2) > 1 << 30:
+        yield f"foreground is {b}×{c}×{h}×{w}; the launch plan takes up to 2²⁴ pixels, 2¹⁸ channels and 2³⁰ cells"
+
+
 def samples(level: str) -> Iterator[Sample]:
     def sample(id: str, b: int, c: int, h: int, w: int, mask: int = 0, **kwargs: object) -> Sample:
         shapes: dict[str, tuple[int, ...]] = {"foreground": (b, c, h, w), "background": (b, c, h, w)}
@@ -334,7 +342,7 @@ def samples(level: str) -> Iterator[Sample]:
     soft = {"softmax_scale": 0.25}
     yield sample("odd_grid", 2, 3, 10, 14, mask=2, **soft)
     yield sample("one", 1, 1, 2, 2)
-    yield sample("hard", 1, 18, 12, 8, mask=1)
+    yield sample("hard", 1, 18, 24, 20, mask=1, softmax_scale=2.0)
     yield sample("row", 1, 4, 2, 20, mask=1, **soft)
     yield sample("column", 2, 2, 18, 2, mask=1, norm="sum_eps", **soft)
     yield sample("plain", 1, 5, 12, 12, mask=1, fuse_size=0, divisor="overlap", mask_mode="neginf", **soft)
@@ -366,6 +374,9 @@ SPEC = OpSpec(
     reference=_reference,
     out=_out,
     lanes={
+        "triton": Lane(refuses=refuses),
+        "cuda": Lane(refuses=_cuda_refuses),
+        "cupy": Lane(refuses=_cuda_refuses),
         "cpu": Lane(refuses=refuses),
     },
     samples=samples,
