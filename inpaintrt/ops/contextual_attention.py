@@ -31,7 +31,7 @@ from inpaintrt.runtime.spec import Cost, Lane, OpSpec, Outputs, Sample
 from ._shared import memory_format
 
 LARGEST = 1 << 24
-"""Scores that the reference and its gradient hold at a time: 64 MB in float32, all of them up to 512-pixel images."""
+"""Scores that the reference and its gradient hold at a time: 64 MB in float32, all of those of one 512-pixel image."""
 
 SAMPLINGS = ("stride", "tf")
 NORMS = ("max", "sum_eps")
@@ -167,7 +167,7 @@ def attend(
             best = weights.detach().argmax(-1) if want_offsets else centre
             return F.fold(values @ weights.mT, size, 2 * rate, stride=rate), best
 
-        tall = max(1, min(grid[0], LARGEST // (cells * grid[1])))
+        tall = max(1, min(grid[0], LARGEST // (max(1, b) * cells * grid[1])))
         starts = range(0, grid[0], tall)
         total = target.new_zeros(b, c, h + rate, w + rate)
         best = []
