@@ -22,6 +22,8 @@ from .conftest import ran
 
 DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
 DTYPES = sorted(FLOATS, key=str)
+# The reference multiplies the zeros around an image with infinities in it, 0 · ∞ = NaN; kernels leave those products out.
+PADS_PATCHES = ("contextual_attention", "contextual_attention_with_offsets")
 
 
 def _cases():
@@ -155,6 +157,9 @@ def test_non_finite_values_are_where_the_reference_has_them(name):
             if on_cpu and spec.lanes["cpu"].numerics(*args) == WINOGRAD:
                 assert bool(got.isnan()[base.isnan()].all()), f"{sample.id}: a NaN was lost"
                 continue  # one more may appear: all outputs of a tile share its inputs
+            if on_cpu and name in PADS_PATCHES:
+                assert bool(base.isnan()[got.isnan()].all()), f"{sample.id}: a NaN was invented"
+                continue
             assert torch.equal(got.isnan(), base.isnan()), sample.id
             finite = ~base.isnan()
             torch.testing.assert_close(got[finite], base[finite], rtol=1e-5, atol=1e-6)

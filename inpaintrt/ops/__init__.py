@@ -6,10 +6,5 @@ from .fourier_unit import fourier_unit
 from .fused_conv2d import fused_conv2d
 from .gated_activation import gated_activation
 
-__all__ = [
-    "contextual_attention",
-    "contextual_attention_with_offsets",
-    "fourier_unit",
-    "fused_conv2d",
-    "gated_activation",
-]
+# fmt: off
+__all__ = ["contextual_attention", "contextual_attention_with_offsets", "fourier_unit", "fused_conv2d", "gated_activation"]
