@@ -1,4 +1,4 @@
-# One source per op, compiled once per instruction set into its own namespace; csrc/cpu/dispatch.cpp picks at load.
+# One source per op and part that ops share, compiled once per instruction set into its own namespace; csrc/cpu/dispatch.cpp picks at load.
 
 set(INPAINTRT_ISAS "scalar avx2 avx512 avx512bf16")
 set(INPAINTRT_FLAGS_scalar -march=x86-64)
@@ -9,8 +9,8 @@ if(CMAKE_CXX_COMPILER_ID STREQUAL "GNU" AND CMAKE_CXX_COMPILER_VERSION VERSION_L
 endif()
 set(INPAINTRT_FLAGS_avx512bf16 ${INPAINTRT_FLAGS_avx512} -mavx512bf16)
 
-function(add_cpu_library name ops)
-  add_library(${name} STATIC csrc/cpu/dispatch.cpp csrc/cpu/parallel.cpp csrc/cpu/arena.cpp)
+function(add_cpu_library name ops parts)
+  add_library(${name} STATIC csrc/cpu/dispatch.cpp csrc/cpu/parallel.cpp csrc/cpu/arena.cpp csrc/cpu/preferences.cpp)
   target_include_directories(${name} PUBLIC csrc/include PRIVATE csrc/cpu)
   find_package(Threads REQUIRED) # pthread_atfork lies outside libc before glibc 2.34
   target_link_libraries(${name} PUBLIC ${CMAKE_DL_LIBS} Threads::Threads)
@@ -21,7 +21,8 @@ function(add_cpu_library name ops)
   endforeach()
   string(REPLACE " " ";" isas "${INPAINTRT_ISAS}")
   foreach(isa ${isas})
-    list(TRANSFORM ops REPLACE "(.+)" "csrc/cpu/\\1.cpp" OUTPUT_VARIABLE sources)
+    set(sources ${ops} ${parts})
+    list(TRANSFORM sources REPLACE "(.+)" "csrc/cpu/\\1.cpp")
     add_library(${name}_${isa} OBJECT ${sources})
     target_include_directories(${name}_${isa} PRIVATE csrc/include csrc/cpu)
     target_compile_definitions(${name}_${isa} PRIVATE INPAINTRT_ISA=${isa})

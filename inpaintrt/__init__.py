@@ -23,19 +23,21 @@ if TYPE_CHECKING:
     from .runtime.native import empty_cache
     from .runtime.policy import use_backend
     from .runtime.swap import disabled
+    from .tuner import tune
 
 # Modules have other names than what they export: importing a submodule sets it as an attribute of the package.
 _HOME = {
     "accelerate": "acceleration", "explain": "acceleration", "refresh": "acceleration", "restore": "acceleration",
     "verify": "acceleration", "info": "diagnostics", "load": "models", "Report": "report", "empty_cache": "runtime.native",
     "use_backend": "runtime.policy", "disabled": "runtime.swap", "InpaintRTError": "runtime.errors",
-    "UnsupportedError": "runtime.errors", "WeightsError": "runtime.errors",
+    "UnsupportedError": "runtime.errors", "WeightsError": "runtime.errors", "tune": "tuner",
 }  # fmt: skip
 _SUBMODULES = ("adapters", "models", "ops", "testing", "viz")
 
 __all__ = [
     "InpaintRTError", "Report", "UnsupportedError", "WeightsError", "__version__", "accelerate",
-    "disabled", "empty_cache", "explain", "info", "load", "models", "ops", "refresh", "restore", "use_backend", "verify",
+    "disabled", "empty_cache", "explain", "info", "load", "models", "ops", "refresh", "restore", "tune", "use_backend",
+    "verify",
 ]  # fmt: skip
 
 

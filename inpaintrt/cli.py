@@ -1,4 +1,4 @@
-"""The command line: `inpaintrt fill | flow | demo | info | explain | verify | bench`, a thin layer over the Python API.
+"""The command line: `inpaintrt fill | flow | demo | info | explain | verify | bench | tune`, a thin layer over the Python API.
 
 Exit status: 0 done; 1 done with failures (a file of a folder, a verification); 2 nothing done, one line says why.
 Progress and messages go to stderr, reports to stdout.
@@ -154,6 +154,26 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("--json", type=Path, metavar="FILE", help="also write the numbers and the machine's identity")
     _size_option(bench)
     _run_options(bench)
+
+    tune = command(
+        "tune",
+        _tune,
+        "find out which algorithms are fastest on this CPU for a model's convolutions, and remember it",
+        "What is found holds for this size and number of threads, and is taken whenever the library runs; the report names "
+        "the file, which may be deleted. Launch configurations of GPU kernels are not tuned yet.",
+    )
+    tune.add_argument(
+        "model",
+        nargs="?",
+        default=DEFAULT_MODEL,
+        metavar="MODEL",
+        help="a model that ships with the package, or LaMa weights; default: %(default)s",
+    )
+    _weights_option(tune)
+    _size_option(tune)
+    tune.add_argument("--rounds", type=_positive, default=5, metavar="N", help="of timing; default: %(default)s")
+    tune.add_argument("--dry-run", action="store_true", help="measure and report, remember nothing")
+    _threads_option(tune)
     return parser
 
 
@@ -165,17 +185,25 @@ def _model_options(parser: argparse.ArgumentParser) -> None:
         help="a model that ships with the package, or LaMa weights: safetensors, torch checkpoint or TorchScript archive; "
         "default: %(default)s",
     )
+    _weights_option(parser)
+    _run_options(parser)
+
+
+def _weights_option(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--weights",
         type=Path,
         metavar="FILE",
-        help="weights for the network that --model names: lama, deepfill_v1 or deepfill_v2",
+        help="weights for the network that the model's name stands for, such as lama or deepfill_v2",
     )
-    _run_options(parser)
 
 
 def _run_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--backend", choices=BACKENDS, default="auto", help="default: %(default)s")
+    _threads_option(parser)
+
+
+def _threads_option(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--threads", type=_positive, metavar="N", help="default: torch's (OMP_NUM_THREADS)")
 
 
@@ -340,3 +368,14 @@ def _bench(args: argparse.Namespace) -> int:
     if args.json:
         bench.write_json(args.json, report)
     return 0
+
+
+def _tune(args: argparse.Namespace) -> int:
+    from . import tuner
+
+    model = _load(args.model, args.weights)
+    example = _example(model, args.size)
+    irt.accelerate(model, backend="cpu")
+    report = tuner.tune(model, example, rounds=args.rounds, save=not args.dry_run, progress=say)
+    print(report)
+    return 0 if report.ok else 1

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -15,6 +17,7 @@ from .report import Report
 from .runtime import dispatch
 from .runtime.swap import record_of, why_original
 
+_Launch = tuple[str, str, str]  # op, backend, algorithm
 COLUMNS = ("module", "class", "adapter", "op", "backend", "algorithm", "why not")
 
 
@@ -22,7 +25,7 @@ def explain(model: Any, *example: Any) -> Report:
     """What is accelerated and what is not, with reasons.
 
     With an `example` (the positional arguments of `model`) it runs once under no_grad and adds, per accelerated module,
-    the ops that ran with their backends, or why this call took the original forward.
+    the ops that ran with their backends and algorithms, or why this call took the original forward.
 
     Args:
         model: a torch module, or an application's object that holds one in an attribute.
@@ -32,7 +35,7 @@ def explain(model: Any, *example: Any) -> Report:
     """
     modules = list(holders.named_modules(model))
     calls: dict[nn.Module, tuple[Any, ...]] = {}
-    launched: dict[nn.Module, list[str]] = {}
+    launched: dict[nn.Module, list[_Launch]] = {}
     if example:
         _run_traced(model, modules, example, calls, launched)
     rows = []
@@ -43,9 +46,10 @@ def explain(model: Any, *example: Any) -> Report:
             if example:
                 why = why_original(module, calls[module], {}) if module in calls else "not called with this example"
             ran = launched.get(module, [])
-            ops = [r.split(":")[0] for r in ran] or list(record.adapter.ops)
-            backends = [r.split(":")[1] for r in ran] or ["torch"]
-            rows.append(_row(path, module, record.adapter.name, ops, backends, record.adapter.algorithm, why))
+            ops = [op for op, _, _ in ran] or list(record.adapter.ops)
+            backends = [backend for _, backend, _ in ran] or ["torch"]
+            algorithm = "; ".join(filter(None, [record.adapter.algorithm, _counted(one for _, _, one in ran)]))
+            rows.append(_row(path, module, record.adapter.name, ops, backends, algorithm, why))
         elif refused is not None:
             rows.append(_row(path, module, refused[0], [], ["torch"], "original", refused[1]))
         elif isinstance(module, torch.jit.ScriptModule):
@@ -86,6 +90,12 @@ def _is_script(module: nn.Module) -> bool:
     return isinstance(module, torch.jit.ScriptModule)  # whose children are not listed
 
 
+def _counted(algorithms: Iterable[str]) -> str:
+    """Such as "winograd F(4×4,3×3) ×2, pointwise"; ops without a choice of algorithms are left out."""
+    counts = Counter(filter(None, algorithms))
+    return ", ".join(f"{name} ×{count}" if count > 1 else name for name, count in counts.items())
+
+
 def _row(
     path: str, module: nn.Module, adapter: str, op: list[str], backend: list[str], algorithm: str, why: str
 ) -> dict[str, Any]:
@@ -105,14 +115,14 @@ def _run_traced(
     modules: list[tuple[str, nn.Module]],
     example: tuple[Any, ...],
     calls: dict[nn.Module, tuple[Any, ...]],
-    launched: dict[nn.Module, list[str]],
+    launched: dict[nn.Module, list[_Launch]],
 ) -> None:
     """Run once; note the arguments of swapped modules and the ops launched inside each."""
     active: list[nn.Module] = []
 
     def listen(op: str, backend: str, args: tuple[Any, ...]) -> None:
         if active:
-            launched.setdefault(active[-1], []).append(f"{op}:{backend}")
+            launched.setdefault(active[-1], []).append((op, backend, dispatch.algorithm(op, backend, args)))
 
     def enter(module: nn.Module, args: tuple[Any, ...]) -> None:
         calls[module] = args

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import collections
+import os
+import tempfile
 
 import pytest
 import torch
+
+os.environ["INPAINTRT_CACHE"] = tempfile.mkdtemp(prefix="inpaintrt-")  # what a developer tuned does not steer the tests
 
 from inpaintrt.runtime import policy
 

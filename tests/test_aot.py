@@ -17,7 +17,15 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 triton = pytest.importorskip("triton")
 
 import triton.language as tl  # noqa: E402
-from inpaintrt.kernels import _lib, aot, fourier_unit, gated_activation  # noqa: E402
+from inpaintrt.kernels import (  # noqa: E402
+    _lib,
+    aot,
+    fourier_unit,
+    fused_conv2d,
+    gated_activation,
+    gated_conv2d,
+    partial_conv2d,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -151,6 +159,49 @@ def test_spectra_are_ieee_float32_in_chunks() -> None:
         assert _chained(assembly) == [False, False], stage
         assert "fma.rn.f32" in assembly["ptx"], stage
         assert "mma" not in assembly["ptx"], f"{stage} computes on tensor cores, which round operands"
+
+
+@pytest.mark.parametrize("arch", [80, 90, 100])
+def test_convolutions_keep_their_precision(arch: int) -> None:
+    """IEEE products never meet a tensor core; TF32 ones round both operands to nearest first."""
+    for module, label in ((gated_conv2d, "float32 NHWC"), (partial_conv2d, "float32 NCHW")):
+        assembly = _assembly(dict(module.variants())[f"forward {label}"], arch)
+        assert "fma.rn.f32" in assembly["ptx"]
+        assert "mma" not in assembly["ptx"], label
+        assert not any(_chained(assembly)), label
+    ptx = _assembly(dict(gated_conv2d.variants())["forward tf32 NHWC"], arch)["ptx"]
+    assert {80: "mma.sync", 90: "wgmma", 100: "tcgen05.mma"}[arch] in ptx
+    # Each program rounds the elements of three tiles: of pixels, features and gates.
+    launch = dict(gated_conv2d.variants())["forward tf32 NHWC"]
+    pixels, outputs, step = (launch.constants[name] for name in ("PIXELS", "OUTPUTS", "CHANNELS"))
+    rounded = ptx.count("cvt.rna.tf32.f32") * 32 * launch.options["num_warps"]
+    assert rounded >= (pixels + 2 * outputs) * step
+
+
+def test_convolutions_of_channels_last_copy_whole_vectors() -> None:
+    """16 bytes at a time from memory to shared memory, and 16-byte stores, at widths that are no multiple of 16 elements."""
+    launch = dict(gated_conv2d.variants())["forward float16 NHWC"]  # 24 channels
+    ptx = _assembly(launch, 80)["ptx"]
+    copies = [line for line in ptx.splitlines() if "cp.async.c" in line and "shared.global" in line]
+    assert copies
+    assert all("0x10" in line.split("],")[-1] or ", 16" in line for line in copies), copies[0]
+    stores = [line for line in ptx.splitlines() if "st.global" in line]
+    assert stores
+    assert all(".v4.b32" in line for line in stores)
+    doubled = dict(fused_conv2d.variants())["forward bfloat16 NHWC doubled"]
+    assert "cp.async" in _assembly(doubled, 80)["ptx"]
+
+
+def test_one_binary_serves_every_size_of_image() -> None:
+    """What is compiled depends on layout, options and block sizes, not on height and width."""
+    found = []
+    for side in (512, 528, 531):
+        x = gated_conv2d.example("bfloat16 NHWC", 1, 48, side, side)
+        args = (x, x.new_empty(96, 48, 3, 3), None, 1, [1, 1, 1, 1], 1, "zeros", "elu", None, 1.0)
+        launch = gated_conv2d.forward(args, (x,))[-1]
+        source = aot.source(launch)
+        found.append((source.signature, source.constants, source.attrs, launch.constants, launch.options))
+    assert found[0] == found[1] == found[2]
 
 
 def test_none_is_a_constant() -> None:

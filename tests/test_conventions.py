@@ -23,6 +23,9 @@ from inpaintrt.runtime.settings import BACKENDS
 ROOT = Path(__file__).resolve().parents[1]
 OPS = registry.names()
 
+CMAKE = (ROOT / "CMakeLists.txt").read_text()
+PARTS = re.findall(r"set\(INPAINTRT_PARTS ([^)]*)\)", CMAKE)[0].split()
+
 # What a lane of an op consists of.
 FILES = {
     "cpu": ("csrc/cpu/{}.cpp",),
@@ -33,9 +36,9 @@ FILES = {
 ALWAYS = ("inpaintrt/ops/{}.py", "benchmarks/bench_{}.py", "docs/ops/{}.md")
 # Files beside those of ops that are shared by them.
 SHARED = {
-    "inpaintrt/ops": {"__init__", "_shared"},
-    "csrc/cpu": {"dispatch", "parallel", "arena"},
-    "kernels": {"__init__", "_lib", "aot"},
+    "inpaintrt/ops": {"__init__", "_shared", "_convolution", "_engine"},
+    "csrc/cpu": {"dispatch", "parallel", "arena", "preferences", *PARTS},
+    "kernels": {"__init__", "_lib", "_conv2d", "aot"},
     "csrc/plan": {"plan", "nest", "fft"},
     "csrc/cuda": {"common", "activation", "library", "fft"},
     "docs/ops": {"README"},
@@ -57,7 +60,7 @@ def test_every_declared_lane_has_its_files(op: str) -> None:
 
 
 def test_no_benchmark_without_an_op() -> None:
-    others = {"memory", "models", "overhead", "startup"}
+    others = {"convolutions", "memory", "models", "overhead", "startup"}
     assert {path.stem.removeprefix("bench_") for path in ROOT.glob("benchmarks/bench_*.py")} == {*OPS, *others}
 
 
@@ -74,7 +77,7 @@ def test_no_file_without_an_op(folder: str) -> None:
 
 
 def test_native_sources_are_named_in_cmake() -> None:
-    (names,) = re.findall(r"set\(INPAINTRT_OPS ([^)]*)\)", (ROOT / "CMakeLists.txt").read_text())
+    (names,) = re.findall(r"set\(INPAINTRT_OPS ([^)]*)\)", CMAKE)
     assert set(names.split()) == {op for op in OPS if {"cpu", "cuda", "cupy"} & set(registry.get(op).lanes)}
 
 

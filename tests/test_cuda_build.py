@@ -42,7 +42,8 @@ ALL_ARCHS = (80, 86, 89, 90, 100, 120)
 ARCHS = tuple(int(a) for a in os.environ.get("INPAINTRT_CUDA_ARCHS", "90").replace(",", ";").split(";"))
 # Registers a thread may use (in blocks of 256), by the beginning of the kernel's name. gated_activation: as many threads
 # as an SM can run, 2048 or 1536. fourier_unit: two blocks where shared memory allows no more, else four.
-# contextual_attention: two blocks for products, which keep 64 sums a thread; else four.
+# contextual_attention: two blocks for products, which keep 64 sums a thread; else four. aot_gate: three for moments, which
+# keep 16 pixels a thread; else as gated_activation (lines have few blocks anyway).
 REGISTERS = {
     "gated_activation": {80: 32, 90: 32, 100: 32, 86: 40, 89: 40, 120: 40},
     "fourier_unit_columns": dict.fromkeys(ALL_ARCHS, 128),
@@ -51,6 +52,9 @@ REGISTERS = {
     "contextual_attention_gram": dict.fromkeys(ALL_ARCHS, 128),
     "contextual_attention_paste": dict.fromkeys(ALL_ARCHS, 128),
     "contextual_attention": dict.fromkeys(ALL_ARCHS, 64),
+    "aot_gate_moments": dict.fromkeys(ALL_ARCHS, 80),
+    "aot_gate_lines": dict.fromkeys(ALL_ARCHS, 80),
+    "aot_gate_blend": {80: 32, 90: 32, 100: 32, 86: 40, 89: 40, 120: 40},
 }
 
 pytestmark = pytest.mark.skipif(bool(native.missing()), reason=native.missing() or "native")
@@ -227,11 +231,23 @@ def contextual_entries() -> frozenset[str]:
     return frozenset(found)
 
 
+@functools.cache
+def aot_entries() -> frozenset[str]:
+    found = set()
+    formats = (torch.contiguous_format, torch.channels_last)
+    for dtype, planner, size, memory in itertools.product(DTYPES, ("aot_gate", "aot_gate_wide"), (8, 3), formats):
+        x = torch.empty(1, size, size, size, dtype=dtype).to(memory_format=memory)
+        found |= {launch.entry for launch in simulation.plan(planner, (x, x, x, 1e-9), (x,)).launches}
+    assert len(found) == len(DTYPES) * (2 + 3 * 2) + 2  # moments and blends of either format, lines
+    return frozenset(found)
+
+
 # Every instance that plans of an op can name.
 ENTRIES = {
     "gated_activation": gated_entries,
     "fourier_unit": fourier_entries,
     "contextual_attention": contextual_entries,
+    "aot_gate": aot_entries,
 }
 
 

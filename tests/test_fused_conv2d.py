@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -44,11 +46,25 @@ def test_tf_same_puts_the_smaller_half_first(size, stride, kernel):
     torch.testing.assert_close(got, F.conv2d(F.pad(x, sides), weight, stride=stride))
 
 
-def test_several_inputs_are_their_concatenation():
-    x, weight, bias = _layer(9, 5, 16, 17)
-    parts = x.split([2, 4, 3], dim=1)
-    whole = ops.fused_conv2d(x, weight, bias, padding=1)
-    assert torch.equal(ops.fused_conv2d(parts, weight, bias, padding=1), whole)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("widths", [(2, 4, 3), (32, 7), (64, 1, 33), (96,), (32, 64)])
+def test_several_inputs_are_their_concatenation(widths, layout):
+    x, weight, bias = _layer(sum(widths), 5, 16, 17)
+    mask = (torch.rand(x.shape, generator=torch.Generator().manual_seed(1)) > 0.3).float()
+    parts = [LAYOUTS[layout](part) for part in x.split(list(widths), dim=1)]
+    for case in ({"padding": 1}, {"stride": 2}, {"mask": mask}, {"upsample": 2}, {"weight": weight[..., :1, :1]}):
+        case = {"weight": weight, "bias": bias, **case}
+        assert torch.equal(ops.fused_conv2d(parts, **case), ops.fused_conv2d(x, **case))
+
+
+def test_both_parts_have_gradients():
+    x, weight, bias = _layer(40, 5, 16, 17)
+    parts = [part.clone().requires_grad_() for part in x.split([32, 8], dim=1)]
+    ops.fused_conv2d(parts, weight, bias, padding=1).square().sum().backward()
+    whole = x.clone().requires_grad_()
+    F.conv2d(whole, weight, bias, padding=1).square().sum().backward()
+    for part, grad in zip(parts, whole.grad.split([32, 8], dim=1), strict=True):
+        torch.testing.assert_close(part.grad, grad, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("mode", ["zeros", "reflect", "replicate"])
@@ -102,26 +118,109 @@ def test_one_by_one(c, outputs, h, w, dtype, layout):
 def test_bfloat16_is_never_winograds():
     x, weight, bias = (t.bfloat16() for t in _layer(8, 8, 32, 32))
     with dispatch.launches() as heard:
-        ops.fused_conv2d(x, weight, bias, padding=1)
+        got = ops.fused_conv2d(x, weight, bias, padding=1)
         ops.fused_conv2d(x, weight[..., :1, :1], bias)
-    assert [(launch.backend, launch.numerics) for launch in heard] == [("reference", DIRECT), ("cpu", DIRECT)]
-    with use_backend("cpu", op="fused_conv2d"), pytest.raises(UnsupportedError, match="Winograd"):
-        ops.fused_conv2d(x, weight, bias, padding=1)
+    assert [(launch.backend, launch.numerics) for launch in heard] == [("cpu", DIRECT), ("cpu", DIRECT)]
+    truth = F.conv2d(x.double(), weight.double(), bias.double(), padding=1)
+    assert_close_to_truth(got, truth, F.conv2d(x, weight, bias, padding=1))
 
 
-def test_small_maps_and_other_shapes_run_as_torchs_convolution():
+@pytest.mark.parametrize("mode", ["zeros", "reflect", "replicate"])
+@pytest.mark.parametrize(
+    ("stride", "dilation", "kernel"), [(1, 1, 5), (1, 4, 3), (2, 1, 3), (2, 1, 4), (3, 2, 7), (1, 2, 5)]
+)
+def test_every_geometry_has_a_kernel(kernel, stride, dilation, mode):
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(2, 20, 29, 26, generator=generator)
+    weight = torch.randn(35, 20, kernel, kernel, generator=generator) / (20 * kernel**2) ** 0.5
+    sides = [dilation * (kernel // 2)] * 2 + [dilation * (kernel // 2), 1]
+
+    def direct(dtype):
+        top, left, bottom, right = sides
+        padded = F.pad(x.to(dtype), (left, right, top, bottom), "constant" if mode == "zeros" else mode)
+        return F.conv2d(padded, weight.to(dtype), stride=stride, dilation=dilation)
+
+    for image in (x, x.to(memory_format=torch.channels_last)):
+        with use_backend("cpu", op="fused_conv2d"), dispatch.launches() as heard:
+            got = ops.fused_conv2d(image, weight, stride=stride, dilation=dilation, padding=sides, padding_mode=mode)
+        assert_close_to_truth(got, direct(torch.float64), direct(torch.float32), numerics=dispatch.numerics_of(heard))
+
+
+@pytest.mark.parametrize(
+    ("kernel", "stride", "padding", "more"), [(3, 2, 1, 1), (4, 2, 1, 0), (2, 2, 0, 0), (5, 3, 1, 2)]
+)
+def test_transposed_convolutions_by_phases(kernel, stride, padding, more):
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(1, 18, 9, 13, generator=generator)
+    weight = torch.randn(18, 21, kernel, kernel, generator=generator) / (18 * kernel**2 / stride**2) ** 0.5
+    with use_backend("cpu", op="fused_conv2d"):
+        got = ops.fused_conv2d(x, weight, stride=stride, padding=padding, transposed=True, output_padding=more)
+    truth = F.conv_transpose2d(x.double(), weight.double(), None, stride, padding, more)
+    assert_close_to_truth(got, truth, F.conv_transpose2d(x, weight, None, stride, padding, more))
+
+
+@pytest.mark.parametrize(
+    ("mode", "padding"), [("zeros", 1), ("zeros", 2), ("reflect", 1), ("reflect", 2), ("replicate", 2)]
+)
+@pytest.mark.parametrize("precise", [False, True])
+@pytest.mark.parametrize("kernel", [3, 4, 5])
+def test_doubled_images(kernel, mode, padding, precise):
+    """By four phases under "ieee" (where padding lets them), read as doubled by Winograd's algorithm."""
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(1, 34, 9, 12, generator=generator)
+    weight = torch.randn(40, 34, kernel, kernel, generator=generator) / (34 * kernel**2) ** 0.5
+
+    def direct(dtype):
+        image = F.interpolate(x.to(dtype), scale_factor=2.0, mode="nearest")
+        return F.conv2d(F.pad(image, [padding] * 4, "constant" if mode == "zeros" else mode), weight.to(dtype))
+
+    with contextlib.ExitStack() as stack:
+        if precise:
+            stack.enter_context(use_ieee())
+        stack.enter_context(use_backend("cpu", op="fused_conv2d"))
+        heard = stack.enter_context(dispatch.launches())
+        got = ops.fused_conv2d(x, weight, upsample=2, padding=padding, padding_mode=mode)
+        numerics = dispatch.numerics_of(heard)
+    assert_close_to_truth(got, direct(torch.float64), direct(torch.float32), numerics=numerics)
+
+
+def test_weights_may_change_in_any_way():
+    """Nothing of a weight is kept between calls."""
+    for shape in ((8, 6, 3, 3), (8, 6, 5, 5), (8, 6, 4, 4), (8, 6, 1, 1), (3, 6, 7, 7)):
+        x, weight = torch.randn(1, 6, 24, 24), torch.randn(shape)
+        ops.fused_conv2d(x, weight)
+
+        def same(weight=weight, x=x):
+            torch.testing.assert_close(ops.fused_conv2d(x, weight), F.conv2d(x, weight), rtol=1e-4, atol=1e-4)
+
+        weight.mul_(2)
+        same()
+        weight.data.copy_(torch.randn(shape))
+        same()
+        weight.numpy()[:] = 1.5
+        same()
+        with torch.inference_mode():
+            made = torch.randn(shape)
+            same(made)
+            made.add_(1)
+            same(made)
+
+
+def test_groups_and_other_dtypes_are_refused_with_a_reason():
     x, weight, bias = _layer(4, 4, 8, 8)
-    for case in ({"padding": 1}, {"padding": 3}, {"padding": 1, "stride": 2}, {"padding": 2, "dilation": 2}):
-        with use_backend("cpu", op="fused_conv2d"), pytest.raises(UnsupportedError):
-            ops.fused_conv2d(x, weight, bias, **case)
-        seen = []
-        dispatch.observers.append(lambda *call: seen.append(call[:2]))  # noqa: B023
-        try:
-            got = ops.fused_conv2d(x, weight, bias, **case)
-        finally:
-            dispatch.observers.clear()
-        assert seen == [("fused_conv2d", "reference")]
-        torch.testing.assert_close(got, F.conv2d(x, weight, bias, **case))
+    with use_backend("cpu", op="fused_conv2d"):
+        for case, why in (
+            ({"x": x, "weight": weight[:, :2], "groups": 2}, "groups is 2"),
+            ({"x": x.double(), "weight": weight.double()}, "float64"),
+            ({"x": x.half(), "weight": weight.half()}, "float16"),
+            ({"x": x, "weight": torch.randn(2, 4, 65, 1), "padding": 40}, "65×1"),
+            ({"x": x, "weight": weight, "stride": 9}, "stride is 9"),
+        ):
+            with pytest.raises(UnsupportedError, match=why):
+                ops.fused_conv2d(**case)
+    torch.testing.assert_close(
+        ops.fused_conv2d(x, weight[:, :2], bias, groups=2), F.conv2d(x, weight[:, :2], bias, groups=2)
+    )
 
 
 @pytest.mark.parametrize(
@@ -141,6 +240,12 @@ def test_small_maps_and_other_shapes_run_as_torchs_convolution():
         ({"residual": torch.zeros(1, 4, 8, 8)}, "residual"),
         ({"mask": torch.zeros(1, 2, 8, 8)}, "mask"),
         ({"weight": torch.zeros(4, 4, 3, 3, dtype=torch.bfloat16)}, "weight"),
+        ({"weight": torch.zeros(0, 4, 3, 3)}, "weight"),
+        ({"x": torch.zeros(1, 0, 8, 8), "weight": torch.zeros(4, 0, 3, 3)}, "weight"),
+        ({"x": torch.zeros(1, 4, 8, 8, dtype=torch.int64)}, "floating"),
+        ({"weight": torch.zeros(4, 4, 9, 9)}, "smaller"),
+        ({"stride": 0}, "stride"),
+        ({"dilation": 4}, "smaller"),
         ({"activation": "gelu"}, "activation"),
     ],
 )
@@ -157,13 +262,11 @@ def test_lanes_state_their_numerics():
     assert numerics(*SPEC.bind(x, weight[..., :1, :1])) == DIRECT == Numerics(2.0, 2.0)
 
 
-def test_ieee_takes_the_direct_form():
-    x, weight, bias = _layer(8, 8, 32, 32)
-    with use_ieee():
-        with dispatch.launches() as heard:
-            got = ops.fused_conv2d(x, weight, bias, padding=1)
-            ops.fused_conv2d(x, weight[..., :1, :1], bias)
-        with use_backend("cpu", op="fused_conv2d"), pytest.raises(UnsupportedError, match="ieee"):
-            ops.fused_conv2d(x, weight, bias, padding=1)
-    assert [launch.backend for launch in heard] == ["reference", "cpu"]
-    torch.testing.assert_close(got, F.conv2d(x, weight, bias, padding=1), rtol=0, atol=0)
+@pytest.mark.parametrize(("c", "outputs", "h", "w"), [(512, 128, 32, 28), (128, 384, 40, 33), (64, 64, 64, 64)])
+def test_ieee_has_the_direct_forms_error(c, outputs, h, w):
+    x, weight, bias = _layer(c, outputs, h, w)
+    with use_ieee(), use_backend("cpu", op="fused_conv2d"), dispatch.launches() as heard:
+        got = ops.fused_conv2d(x, weight, bias, padding=1)
+        assert heard[0].numerics == DIRECT
+    truth, own = F.conv2d(x.double(), weight.double(), bias.double(), padding=1), F.conv2d(x, weight, bias, padding=1)
+    assert_close_to_truth(got, truth, own)

@@ -24,6 +24,8 @@ DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
 DTYPES = sorted(FLOATS, key=str)
 # The reference multiplies the zeros around an image with infinities in it, 0 · ∞ = NaN; kernels leave those products out.
 PADS_PATCHES = ("contextual_attention", "contextual_attention_with_offsets")
+# The other way round: the engine multiplies zeros around an image with infinite weights, oneDNN leaves those products out.
+READS_PADDING = ("fused_conv2d", "gated_conv2d", "partial_conv2d")
 
 
 def _cases():
@@ -145,7 +147,7 @@ def test_non_finite_values_are_where_the_reference_has_them(name):
     special = torch.tensor([torch.nan, torch.inf, -torch.inf, 0.0, -0.0, 1e30, -1e30, 89.0, -104.0, 1e-30])
     for sample in spec.samples("smoke"):
         tensors, _ = _arguments(spec, sample, torch.float32, "contiguous", "cpu")
-        for t in tensors.values():
+        for t in (t for n, t in tensors.items() if n not in sample.masks):
             flat = t.view(-1)
             places = torch.randperm(flat.numel())[: flat.numel() // 2]
             flat[places] = special[torch.arange(len(places)) % len(special)]
@@ -154,7 +156,7 @@ def test_non_finite_values_are_where_the_reference_has_them(name):
             as_outputs(_public(spec)(**tensors, **sample.kwargs)), as_outputs(spec.run_reference(*args)), strict=True
         ):
             on_cpu = "cpu" in spec.lanes and not dispatchers[name].reasons(args, args[0])["cpu"]
-            if on_cpu and spec.lanes["cpu"].numerics(*args) == WINOGRAD:
+            if on_cpu and (spec.lanes["cpu"].numerics(*args) == WINOGRAD or name in READS_PADDING):
                 assert bool(got.isnan()[base.isnan()].all()), f"{sample.id}: a NaN was lost"
                 continue  # one more may appear: all outputs of a tile share its inputs
             if on_cpu and name in PADS_PATCHES:

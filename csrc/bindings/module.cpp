@@ -4,8 +4,11 @@
 // taken); the GIL is released while a kernel runs.
 #include <dlfcn.h>
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
+#include <map>
 #include <string>
+#include <vector>
 
 #include "dlpack.h"
 #include "inpaintrt/abi.h"
@@ -50,8 +53,9 @@ int dtype_code(const irt::dlpack::Tensor& t) {
 // An `irt_call` and the memory behind it. Fixed capacity: a call allocates nothing.
 class Call {
  public:
-  Call(py::tuple args, py::tuple outs, int device_type, int threads) : device_type_(device_type) {
+  Call(py::tuple args, py::tuple outs, int device_type, int threads, bool ieee = false) : device_type_(device_type) {
     call_.threads = threads;
+    call_.ieee = ieee;
     call_.device = -1;
     call_.nargs = checked(args.size(), kValues);
     for (int i = 0; i < call_.nargs; ++i) read(args[i].ptr(), values_[i]);
@@ -166,9 +170,10 @@ void raise_unless_ok(const irt_status& status) {
 
 struct Kernel {
   irt_kernel run;
+  irt_chooser choose;
 
-  void operator()(const py::tuple& args, const py::tuple& outs, int threads) const {
-    const Call call(args, outs, irt::dlpack::kCpu, threads);
+  void operator()(const py::tuple& args, const py::tuple& outs, int threads, bool ieee) const {
+    const Call call(args, outs, irt::dlpack::kCpu, threads, ieee);
     irt_status status;
     {
       const py::gil_scoped_release release;
@@ -176,7 +181,35 @@ struct Kernel {
     }
     raise_unless_ok(status);
   }
+
+  // (key, algorithms, index of the chosen one, whether as under ieee, whether a preference is refused); None where
+  // there is nothing to choose.
+  py::object choice(const py::tuple& args, const py::tuple& outs, int threads, bool ieee) const {
+    if (!choose) return py::none();
+    const Call call(args, outs, irt::dlpack::kCpu, threads, ieee);
+    irt_choice found;
+    irt_status status;
+    choose(call.get(), &found, &status);
+    raise_unless_ok(status);
+    if (!found.count) return py::none();
+    py::tuple algorithms(found.count);
+    for (int i = 0; i < found.count; ++i) algorithms[i] = py::str(found.algorithms[i]);
+    return py::make_tuple(found.key, algorithms, found.chosen, found.ieee != 0, found.refused != 0);
+  }
 };
+
+void prefer(const std::map<std::string, std::string>& preferences) {
+  std::vector<const char*> keys, algorithms;
+  for (const auto& [key, algorithm] : preferences) {
+    keys.push_back(key.c_str());
+    algorithms.push_back(algorithm.c_str());
+  }
+  switch (irt_cpu_prefer(keys.data(), algorithms.data(), static_cast<int>(keys.size()))) {
+    case IRT_OK: return;
+    case IRT_OUT_OF_MEMORY: throw std::bad_alloc();
+    default: throw py::value_error("a preference's key or algorithm is too long");
+  }
+}
 
 py::tuple described(const irt_launch& one) {
   return py::make_tuple(std::string(one.entry), py::make_tuple(one.grid[0], one.grid[1], one.grid[2]),
@@ -256,7 +289,7 @@ void load_cuda(const std::string& path) {
 
 py::object cpu_kernel(const char* name) {
   const irt_kernel run = irt_cpu_find(name);
-  return run ? py::cast(Kernel{run}) : py::none();
+  return run ? py::cast(Kernel{run, irt_cpu_chooser(name)}) : py::none();
 }
 
 py::object cuda_kernel(const char* name) {
@@ -270,13 +303,16 @@ py::object cuda_kernel(const char* name) {
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Native kernels of inpaintrt behind one generic call";
   py::class_<Kernel>(m, "Kernel")
-      .def("__call__", &Kernel::operator(), py::arg("args"), py::arg("outs"), py::arg("threads"));
+      .def("__call__", &Kernel::operator(), py::arg("args"), py::arg("outs"), py::arg("threads"),
+           py::arg("ieee") = false)
+      .def("choice", &Kernel::choice, py::arg("args"), py::arg("outs"), py::arg("threads"), py::arg("ieee") = false);
   py::class_<CudaKernel>(m, "CudaKernel")
       .def("__call__", &CudaKernel::operator(), py::arg("args"), py::arg("outs"), py::arg("allocate"));
   py::class_<Planner>(m, "Planner")
       .def("__call__", &Planner::operator(), py::arg("args"), py::arg("outs"), py::arg("device_type"));
   m.def("bind_tensor_type", &bind_tensor_type);
   m.def("cpu_kernel", &cpu_kernel);
+  m.def("prefer", &prefer);
   m.def("cpu_kernels", [] {
     py::list names;
     for (int i = 0; i < irt_cpu_count(); ++i) names.append(irt_cpu_name(i));

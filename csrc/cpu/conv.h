@@ -1,5 +1,11 @@
-// A call of fused_conv2d, and what its algorithms share: how a finished row leaves.
+// A call of one of the convolution ops, as the engine's algorithms see it.
+//
+// fused_conv2d, gated_conv2d and partial_conv2d differ in what surrounds the sums: conv_source.h reads the input
+// (concatenation, mask, upsampling, padding), conv_finish.h makes outputs of sums. Between them an algorithm computes
+// sums of one or more rows: conv_winograd.cpp, conv_direct.cpp or conv_pointwise.cpp, chosen by conv_plan.cpp.
 #pragma once
+
+#include <initializer_list>
 
 #include "activation.h"
 #include "inpaintrt/abi.h"
@@ -9,18 +15,54 @@
 namespace irt::INPAINTRT_ISA::conv {
 
 constexpr int64_t W = Vec::kWidth;
+constexpr int64_t kLongestKernel = 64, kLargestStride = 8;
+constexpr int kMostParts = 2;
 
 enum class Padding { zeros, reflect, replicate };
 
 struct Call {
-  const irt_view *x, *weight, *bias, *residual, *out;
+  const irt_view* x;  // `parts` of them, side by side along the channels; the first of two fills whole vectors of lanes
+  int parts;
+  const irt_view *weight, *bias, *scale, *shift, *mask, *residual, *out;
+  const float *ratio, *valid;  // of partial convolution: planes (B, H', W'), or null
+  int64_t stride, dilation, upsample;
   int64_t top, left, bottom, right;
   Padding padding;
+  bool transposed, gated;
   Act act;
-  float alpha;
+  float alpha, gain;
   bool residual_first;  // act(… + residual) instead of act(…) + residual
+  bool ieee;            // no algorithm whose rounding error exceeds the direct form's
   int threads;
+
+  int64_t batch() const { return out->sizes[0]; }
+  int64_t height() const { return out->sizes[2]; }
+  int64_t width() const { return out->sizes[3]; }
+  int64_t outputs() const { return out->sizes[1]; }
+  int64_t inputs() const { return weight->sizes[transposed ? 0 : 1]; }
+  int64_t kernel_height() const { return weight->sizes[2]; }
+  int64_t kernel_width() const { return weight->sizes[3]; }
 };
+
+// The filters in blocks of one vector of sums. Of a gated convolution block 2j holds features and block 2j + 1 the
+// gates of the same channels, so that both halves of a panel (gemm.h) are one unit of outputs.
+struct Filters {
+  int64_t outputs, blocks;
+  bool gated;
+
+  explicit Filters(const Call& call) : outputs(call.outputs()), gated(call.gated) {
+    blocks = ceil_div(outputs, W) * (gated ? 2 : 1);
+  }
+  int64_t unit(int64_t block) const { return gated ? block / 2 : block; }
+  int64_t first(int64_t block) const { return unit(block) * W + (gated && block % 2 ? outputs : 0); }
+  int64_t count(int64_t block) const { return most(0, least(W, outputs - unit(block) * W)); }
+};
+
+// Computes the call by the algorithm that is expected to be fastest: the end of each convolution op.
+void run(const Call& call, irt_status& status);
+
+// Says which one that is, and which others there are. The result is as it came where there is nothing to compute.
+void choose(const Call& call, irt_choice& choice);
 
 // Each thread has scratch memory of its own: no more of them than there are items of work.
 static inline int threads_of(const Call& call, int64_t items) {
@@ -30,41 +72,19 @@ static inline int threads_of(const Call& call, int64_t items) {
 // Whether the sizes of the workspace can be computed without overflow. What cannot would take terabytes.
 static inline bool fits(const Call& call) {
   constexpr int64_t kLongest = int64_t{1} << 28;
-  double floats = 1, weights = 1;
-  for (int d = 0; d < 4; ++d) {
-    const int64_t longest = most(call.x->sizes[d], call.out->sizes[d]);
-    if (longest > kLongest) return false;
-    floats *= static_cast<double>(d ? longest : 1);
-    weights *= static_cast<double>(d < 2 ? call.weight->sizes[d] : 1);
+  for (const int64_t side : {call.top, call.left, call.bottom, call.right, call.dilation}) {
+    if (side > kLongest) return false;
   }
-  return floats <= 0x1p38 && weights <= 0x1p38;
-}
-
-// The bias of one block of outputs; zeros if there is none.
-template <class T = float>
-static inline Vec bias_of(const Call& call, int64_t block) {
-  if (!call.bias) return Vec(0.0f);
-  const int64_t step = call.bias->strides[0];
-  return load_some(static_cast<const T*>(call.bias->data) + block * W * step, least(W, call.out->sizes[1] - block * W),
-                   step);
-}
-
-// `count` pixels of row y of a block of outputs, their sums given as [pixel][lane]: activation, residual, and back to
-// the tensor's layout.
-template <class T = float>
-static inline void finish_row(const Call& call, const float* row, int64_t b, int64_t block, int64_t y, int64_t first,
-                              int64_t count) {
-  const Row<T> to = row_of<T>(*call.out, b, block, y, first);
-  const Row<T> extra = call.residual ? row_of<T>(*call.residual, b, block, y, first) : Row<T>{};
-  const Vec alpha(call.alpha);
-  with_activation(call.act, [&](auto act) {
-    constexpr Act kAct = decltype(act)::value;
-    if (call.residual_first) {
-      write_row(row, count, extra, to, [&](Vec v, Vec more) { return activate<kAct>(v + more, alpha); });
-    } else {
-      write_row(row, count, extra, to, [&](Vec v, Vec more) { return activate<kAct>(v, alpha) + more; });
-    }
-  });
+  double pixels = 1, weights = 1;
+  for (int d = 0; d < 4; ++d) {
+    int64_t longest = call.out->sizes[d];
+    for (int i = 0; i < call.parts; ++i) longest = most(longest, call.x[i].sizes[d]);
+    if (longest > kLongest || call.weight->sizes[d] > kLongest) return false;
+    if (d > 1) longest += call.dilation * (call.weight->sizes[d] - 1);  // strips hold what a row of outputs reads
+    pixels *= static_cast<double>(d ? longest : 1);
+    weights *= static_cast<double>(most(call.weight->sizes[d], 16));
+  }
+  return pixels <= 0x1p38 && weights <= 0x1p40;
 }
 
 }  // namespace irt::INPAINTRT_ISA::conv

@@ -52,6 +52,14 @@ const Choice& choice() {
   return chosen;
 }
 
+const irt::KernelRecord* find(const char* name) {
+  const char* isa = name ? irt_cpu_isa() : nullptr;
+  for (auto k = __start_irt_kernels; isa && k != __stop_irt_kernels; ++k) {
+    if (!strcmp((*k)->name, name) && !strcmp((*k)->isa, isa)) return *k;
+  }
+  return nullptr;
+}
+
 }  // namespace
 
 extern "C" {
@@ -61,11 +69,13 @@ const char* irt_cpu_isa(void) { return choice().isa; }
 const char* irt_cpu_isa_error(void) { return choice().error; }
 
 irt_kernel irt_cpu_find(const char* name) {
-  const char* isa = name ? irt_cpu_isa() : nullptr;
-  for (auto k = __start_irt_kernels; isa && k != __stop_irt_kernels; ++k) {
-    if (!strcmp((*k)->name, name) && !strcmp((*k)->isa, isa)) return (*k)->run;
-  }
-  return nullptr;
+  const irt::KernelRecord* found = find(name);
+  return found ? found->run : nullptr;
+}
+
+irt_chooser irt_cpu_chooser(const char* name) {
+  const irt::KernelRecord* found = find(name);
+  return found ? found->choose : nullptr;
 }
 
 irt_planner irt_plan_find(const char* name) {

@@ -33,6 +33,10 @@ constexpr int kPanelColumns = kPanelVectors * Vec::kWidth;
 // Products of pairs, whose factors and results have 8 bits, gain nothing by it: they are one chain.
 constexpr int kChain = 64;
 
+// Sums live in registers only where the compiler sees that nobody else holds them: what takes them by reference must be
+// part of its caller.
+#define IRT_INLINE __attribute__((always_inline)) static inline
+
 // A as read by `gemm`: `groups` blocks of kWidth channels, the last `tails` of them only `tail` channels wide. (Complex
 // data has two narrow blocks, of real and imaginary parts; what lies beyond `tail` is never read.)
 struct Blocks {
@@ -47,30 +51,37 @@ static inline int64_t panel_floats(const Blocks& a) {
   return (full * Vec::kWidth + static_cast<int64_t>(a.tails) * a.tail) * kPanelColumns;
 }
 
+// sums += the products of `channels` channels at `a`, of kRows rows, with as many rows of a panel at `b`.
+template <class Lane, int kRows>
+IRT_INLINE void accumulate(const float* a, const float* b, int channels, Vec (&sums)[kRows][kPanelVectors]) {
+#pragma GCC unroll 1
+  for (int c = 0; c < channels; ++c, b += kPanelColumns) {
+    Vec columns[kPanelVectors];
+#pragma GCC unroll 8
+    for (int v = 0; v < kPanelVectors; ++v) columns[v] = load(b + v * Vec::kWidth);
+#pragma GCC unroll 16
+    for (int r = 0; r < kRows; ++r) {
+      const Vec value(a[r * Vec::kWidth + c]);
+#pragma GCC unroll 8
+      for (int v = 0; v < kPanelVectors; ++v) sums[r][v] = Lane::multiply_add(value, columns[v], sums[r][v]);
+    }
+  }
+}
+
 // sums = the products of kRows rows at `a` with a panel at `b`, over groups [g, stop); a and b move on.
 template <class Lane, int kRows>
-static inline void chain(const Blocks& blocks, const float*& a, const float*& b, int g, int stop,
-                         Vec (&sums)[kRows][kPanelVectors]) {
+IRT_INLINE void chain(const Blocks& blocks, const float*& a, const float*& b, int g, int stop,
+                      Vec (&sums)[kRows][kPanelVectors]) {
   for (; g < stop; ++g, a += blocks.stride) {
     const int channels = g < blocks.groups - blocks.tails ? Vec::kWidth : blocks.tail;
-#pragma GCC unroll 1
-    for (int c = 0; c < channels; ++c, b += kPanelColumns) {
-      Vec columns[kPanelVectors];
-#pragma GCC unroll 8
-      for (int v = 0; v < kPanelVectors; ++v) columns[v] = load(b + v * Vec::kWidth);
-#pragma GCC unroll 16
-      for (int r = 0; r < kRows; ++r) {
-        const Vec value(a[r * Vec::kWidth + c]);
-#pragma GCC unroll 8
-        for (int v = 0; v < kPanelVectors; ++v) sums[r][v] = Lane::multiply_add(value, columns[v], sums[r][v]);
-      }
-    }
+    accumulate<Lane, kRows>(a, b, channels, sums);
+    b += static_cast<int64_t>(channels) * kPanelColumns;
   }
 }
 
 // visit(r, v) for all vectors of a tile.
 template <int kRows, class Visit>
-static inline void each(const Visit& visit) {
+IRT_INLINE void each(const Visit& visit) {
 #pragma GCC unroll 16
   for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 8
@@ -97,42 +108,54 @@ static inline void tile_product(const Blocks& blocks, int64_t row, const float* 
   each<kRows>([&](int r, int v) { end(row + r, v, totals[r][v]); });
 }
 
-template <class Lane, class End>
-static inline void some_rows(const Blocks& a, int64_t row, int rows, const float* b, const End& end) {
+template <int kRows>
+struct Height {
+  static constexpr int value = kRows;
+};
+
+// visit(Height<rows>()), so that tiles are compiled for their height.
+template <class Visit>
+static inline void with_height(int rows, const Visit& visit) {
   switch (rows) {
 #if defined(__AVX512F__)
-    case 14: return tile_product<Lane, 14>(a, row, b, end);
-    case 13: return tile_product<Lane, 13>(a, row, b, end);
-    case 12: return tile_product<Lane, 12>(a, row, b, end);
-    case 11: return tile_product<Lane, 11>(a, row, b, end);
-    case 10: return tile_product<Lane, 10>(a, row, b, end);
-    case 9: return tile_product<Lane, 9>(a, row, b, end);
-    case 8: return tile_product<Lane, 8>(a, row, b, end);
-    case 7: return tile_product<Lane, 7>(a, row, b, end);
+    case 14: return visit(Height<14>());
+    case 13: return visit(Height<13>());
+    case 12: return visit(Height<12>());
+    case 11: return visit(Height<11>());
+    case 10: return visit(Height<10>());
+    case 9: return visit(Height<9>());
+    case 8: return visit(Height<8>());
+    case 7: return visit(Height<7>());
 #endif
 #if defined(__AVX2__)
-    case 6: return tile_product<Lane, 6>(a, row, b, end);
-    case 5: return tile_product<Lane, 5>(a, row, b, end);
+    case 6: return visit(Height<6>());
+    case 5: return visit(Height<5>());
 #endif
-    case 4: return tile_product<Lane, 4>(a, row, b, end);
-    case 3: return tile_product<Lane, 3>(a, row, b, end);
-    case 2: return tile_product<Lane, 2>(a, row, b, end);
-    default: return tile_product<Lane, 1>(a, row, b, end);
+    case 4: return visit(Height<4>());
+    case 3: return visit(Height<3>());
+    case 2: return visit(Height<2>());
+    default: return visit(Height<1>());
   }
 }
 
+// The height of the next tile where `left` rows are left: the last two tiles share what full tiles leave over, because
+// a tile of one or two rows would load all of B for little work.
+static inline int tile_height(int64_t left) {
+  return static_cast<int>(left <= kTileRows ? left : left < 2 * kTileRows ? (left + 1) / 2 : kTileRows);
+}
+
 // end(panel, row, vector, sums) for all rows of A and all panels of B; sums are columns [panel · kPanelColumns +
-// vector · kWidth, … + kWidth) of A·B in that row. The last two tiles share what full tiles leave over: a tile of one
-// or two rows would load all of B for little work.
+// vector · kWidth, … + kWidth) of A·B in that row.
 template <class Lane = Single, class End>
 static inline void gemm(const Blocks& a, int64_t rows, const float* packed, int panels, const End& end) {
   const int64_t stride = panel_floats(a);
   for (int64_t row = 0; row < rows;) {
-    const int64_t left = rows - row;
-    const int64_t height = left <= kTileRows ? left : left < 2 * kTileRows ? (left + 1) / 2 : kTileRows;
+    const int height = tile_height(rows - row);
     for (int panel = 0; panel < panels; ++panel) {
-      some_rows<Lane>(a, row, static_cast<int>(height), packed + panel * stride,
-                      [&](int64_t at, int v, Vec sums) { end(panel, at, v, sums); });
+      with_height(height, [&](auto h) {
+        tile_product<Lane, decltype(h)::value>(a, row, packed + panel * stride,
+                                               [&](int64_t at, int v, Vec sums) { end(panel, at, v, sums); });
+      });
     }
     row += height;
   }

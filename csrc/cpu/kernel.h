@@ -18,11 +18,22 @@
 #define IRT_STRING(x) IRT_STRING2(x)
 
 // Registers `void name(const irt_call&, irt_status&)` under its own name for the ISA being compiled.
-#define IRT_CPU_KERNEL(name)                                                                         \
-  static void name##_entry(const irt_call* call, irt_status* status) {                               \
-    if (well_formed(*call, *status)) name(*call, *status);                                           \
-  }                                                                                                  \
-  static const ::irt::KernelRecord name##_record = {#name, IRT_STRING(INPAINTRT_ISA), name##_entry}; \
+#define IRT_CPU_KERNEL(name) IRT_CPU_RECORD(name, nullptr)
+
+// Likewise, with a `void choose(const irt_call&, irt_choice&, irt_status&)` that says by which of its algorithms.
+#define IRT_CPU_KERNEL_OF_SEVERAL(name, choose)                                              \
+  static void name##_chooser(const irt_call* call, irt_choice* choice, irt_status* status) { \
+    *choice = irt_choice{};                                                                  \
+    choice->chosen = -1;                                                                     \
+    if (well_formed(*call, *status)) choose(*call, *choice, *status);                        \
+  }                                                                                          \
+  IRT_CPU_RECORD(name, name##_chooser)
+
+#define IRT_CPU_RECORD(name, chooser)                                                                         \
+  static void name##_entry(const irt_call* call, irt_status* status) {                                        \
+    if (well_formed(*call, *status)) name(*call, *status);                                                    \
+  }                                                                                                           \
+  static const ::irt::KernelRecord name##_record = {#name, IRT_STRING(INPAINTRT_ISA), name##_entry, chooser}; \
   __attribute__((section("irt_kernels"), used)) static const ::irt::KernelRecord* const name##_listed = &name##_record;
 
 namespace irt::INPAINTRT_ISA {

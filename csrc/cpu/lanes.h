@@ -31,6 +31,9 @@ struct Single {
   static Vec down(const T* p, int64_t, int64_t) {
     return load(p);
   }
+  // Lanes of the channels 0, 2, 4 …, and 1, 3, 5 … where a lane holds two.
+  static Vec pack(Vec even, Vec) { return even; }
+  static Vec times(Vec a, Vec b) { return a * b; }
 };
 
 #if defined(__AVX512BF16__)
@@ -51,6 +54,20 @@ struct Pair {
     const __m512i low = _mm512_srli_epi32(_mm512_castps_si512(load(p).v), 16);
     return n > 1 ? _mm512_castsi512_ps(_mm512_or_si512(low, _mm512_castps_si512(load(p + stride).v)))
                  : _mm512_castsi512_ps(low);
+  }
+  static Vec pack(Vec even, Vec odd) {
+    const __m512i low = rounded(even), high = _mm512_slli_epi32(rounded(odd), 16);
+    return _mm512_castsi512_ps(_mm512_or_si512(low, high));
+  }
+  static Vec times(Vec a, Vec b) { return pack(even(a) * even(b), odd(a) * odd(b)); }
+
+ private:
+  static Vec even(Vec v) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_castps_si512(v.v), 16)); }
+  static Vec odd(Vec v) {
+    return _mm512_castsi512_ps(_mm512_and_si512(_mm512_castps_si512(v.v), _mm512_set1_epi32(-65536)));
+  }
+  static __m512i rounded(Vec v) {  // bf16 in the low half of each lane
+    return _mm512_cvtepu16_epi32(reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(v.v)));
   }
 };
 

@@ -9,6 +9,7 @@ struct KernelRecord {
   const char* name;
   const char* isa;
   irt_kernel run;
+  irt_chooser choose;  // null where the kernel has one algorithm
 };
 struct PlanRecord {
   const char* name;

@@ -9,6 +9,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 namespace irt::INPAINTRT_ISA {
 
@@ -283,12 +284,22 @@ static inline void transpose(Vec (&)[1]) {}
 // The first n (<= kWidth) lanes; the rest is zero. Strided forms serve layouts whose inner dimension is not contiguous.
 template <class T>
 static inline Vec load_some(const T* p, int64_t n, int64_t stride = 1) {
+#if defined(__AVX512F__)
+  if constexpr (std::is_same_v<T, float>) {
+    if (stride == 1) return _mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << n) - 1), p);
+  }
+#endif
   alignas(64) float lanes[Vec::kWidth] = {};
   for (int64_t i = 0; i < n; ++i) lanes[i] = to_float(p[i * stride]);
   return load(lanes);
 }
 template <class T>
 static inline void store_some(T* p, Vec x, int64_t n, int64_t stride = 1) {
+#if defined(__AVX512F__)
+  if constexpr (std::is_same_v<T, float>) {
+    if (stride == 1) return _mm512_mask_storeu_ps(p, static_cast<__mmask16>((1u << n) - 1), x.v);
+  }
+#endif
   alignas(64) float lanes[Vec::kWidth];
   store(lanes, x);
   for (int64_t i = 0; i < n; ++i) from_float(lanes[i], p[i * stride]);

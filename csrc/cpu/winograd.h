@@ -1,25 +1,28 @@
-// Winograd's F(4×4, 3×3): sixteen outputs of a 3×3 convolution from 36 products instead of 144, per channel pair.
+// Winograd's F(m×m, r×r): m² outputs of an r×r convolution from (m + r − 1)² products instead of m²·r², per channel
+// pair.
 //
-// One dimension: with the points 0, ±a, ±b, ∞ a polynomial of degree 5 is known, so that
+// One dimension, with n = m + r − 1 points of which the last is ∞: a polynomial of degree n − 1 is known by its values
+// at them, so that
 //
-//   y = Aᵀ[(G g) ∘ (Bᵀ d)]   d: 6 inputs, g: 3 taps, y: 4 outputs
+//   y = Aᵀ[(G g) ∘ (Bᵀ d)]   d: n inputs, g: r taps, y: m outputs
 //
 // and two dimensions nest the same. (Lavin and Gray, "Fast Algorithms for Convolutional Neural Networks", CVPR 2016;
 // Barabasz et al., "Error Analysis and Improving the Accuracy of Winograd Convolution", 2018, for the choice of
-// points.) a = 3/4 and b = 3/2 are exact in binary and closer together than the textbook's 1 and 2: half the RMS error
-// and a quarter of the largest. What error remains is cancellation in the products' sums, which no care in here could
-// remove.
+// points.) Bᵀ depends on the points alone: the values of Π(x − p_j), j ≠ i, with the inputs as coefficients; G has the
+// taps as a polynomial at the points, over Π(p_i − p_j); Aᵀ weighs the values by powers of the points.
 #pragma once
 
 #include "simd.h"
 
 namespace irt::INPAINTRT_ISA::winograd {
 
-constexpr int kOutputs = 4, kInputs = 6, kPoints = kInputs * kInputs;
+// Six points 0, ±3/4, ±3/2, ∞: exact in binary and closer together than the textbook's 0, ±1, ±2, ∞, which halves the
+// RMS error and quarters the largest. What error remains is cancellation in the products' sums, which no care in here
+// could remove.
 constexpr float kA = 0.75f, kB = 1.5f, kA2 = kA * kA, kB2 = kB * kB;
+constexpr float kAtA = 2 * kA2 * (kA2 - kB2), kAtB = 2 * kB2 * (kB2 - kA2), kAtZero = kA2 * kB2;  // Π(p_i − p_j)
 
-// Bᵀ: the values of Π(x − p_j), j ≠ i, weighted by the inputs as powers of x.
-static inline void transform_input(const Vec (&d)[6], Vec (&t)[6]) {
+static inline void six_inputs(const Vec (&d)[6], Vec (&t)[6]) {
   const Vec sum(-(kA2 + kB2)), product(kA2 * kB2);
   t[0] = fma(product, d[0], fma(sum, d[2], d[4]));
   t[5] = fma(product, d[1], fma(sum, d[3], d[5]));
@@ -31,29 +34,81 @@ static inline void transform_input(const Vec (&d)[6], Vec (&t)[6]) {
   t[4] = fma(Vec(-kB), odd_b, even_b);
 }
 
-// G: the taps as a polynomial, at the points, over Π(p_i − p_j).
-static inline void transform_filter(const Vec (&g)[3], Vec (&t)[6]) {
-  constexpr float at_a = 2 * kA2 * (kA2 - kB2), at_b = 2 * kB2 * (kB2 - kA2);
-  t[0] = g[0] * Vec(1 / (kA2 * kB2));
-  const Vec even_a = fma(g[2], Vec(kA2 / at_a), g[0] * Vec(1 / at_a)), odd_a = g[1] * Vec(kA / at_a);
-  const Vec even_b = fma(g[2], Vec(kB2 / at_b), g[0] * Vec(1 / at_b)), odd_b = g[1] * Vec(kB / at_b);
-  t[1] = even_a + odd_a;
-  t[2] = even_a - odd_a;
-  t[3] = even_b + odd_b;
-  t[4] = even_b - odd_b;
-  t[5] = g[2];
-}
+// Four outputs of three taps.
+struct F43 {
+  static constexpr int kOutputs = 4, kTaps = 3, kInputs = 6;
 
-// Aᵀ: the values at the points, weighted by powers of the points.
-static inline void transform_output(const Vec (&m)[6], Vec (&y)[4]) {
-  const Vec even_a = m[1] + m[2], odd_a = m[1] - m[2], even_b = m[3] + m[4], odd_b = m[3] - m[4];
-  y[0] = m[0] + (even_a + even_b);
-  y[1] = fma(Vec(kB), odd_b, odd_a * Vec(kA));
-  y[2] = fma(Vec(kB2), even_b, even_a * Vec(kA2));
-  y[3] = fma(Vec(kB2 * kB), odd_b, fma(Vec(kA2 * kA), odd_a, m[5]));
-}
+  static void input(const Vec (&d)[6], Vec (&t)[6]) { six_inputs(d, t); }
+  static void filter(const Vec (&g)[3], Vec (&t)[6]) {
+    t[0] = g[0] * Vec(1 / kAtZero);
+    const Vec even_a = fma(g[2], Vec(kA2 / kAtA), g[0] * Vec(1 / kAtA)), odd_a = g[1] * Vec(kA / kAtA);
+    const Vec even_b = fma(g[2], Vec(kB2 / kAtB), g[0] * Vec(1 / kAtB)), odd_b = g[1] * Vec(kB / kAtB);
+    t[1] = even_a + odd_a;
+    t[2] = even_a - odd_a;
+    t[3] = even_b + odd_b;
+    t[4] = even_b - odd_b;
+    t[5] = g[2];
+  }
+  static void output(const Vec (&m)[6], Vec (&y)[4]) {
+    const Vec even_a = m[1] + m[2], odd_a = m[1] - m[2], even_b = m[3] + m[4], odd_b = m[3] - m[4];
+    y[0] = m[0] + (even_a + even_b);
+    y[1] = fma(Vec(kB), odd_b, odd_a * Vec(kA));
+    y[2] = fma(Vec(kB2), even_b, even_a * Vec(kA2));
+    y[3] = fma(Vec(kB2 * kB), odd_b, fma(Vec(kA2 * kA), odd_a, m[5]));
+  }
+};
 
-// The 2-D transforms: one dimension after the other. `get(i, j)` reads the element of row i and column j, `put` takes
+// Two outputs of five taps, at the same points.
+struct F25 {
+  static constexpr int kOutputs = 2, kTaps = 5, kInputs = 6;
+
+  static void input(const Vec (&d)[6], Vec (&t)[6]) { six_inputs(d, t); }
+  static void filter(const Vec (&g)[5], Vec (&t)[6]) {
+    const auto at = [&](float square, float over, Vec& even, Vec& odd, float point) {
+      even = fma(g[4], Vec(square * square / over), fma(g[2], Vec(square / over), g[0] * Vec(1 / over)));
+      odd = fma(g[3], Vec(square * point / over), g[1] * Vec(point / over));
+    };
+    Vec even_a, odd_a, even_b, odd_b;
+    at(kA2, kAtA, even_a, odd_a, kA);
+    at(kB2, kAtB, even_b, odd_b, kB);
+    t[0] = g[0] * Vec(1 / kAtZero);
+    t[1] = even_a + odd_a;
+    t[2] = even_a - odd_a;
+    t[3] = even_b + odd_b;
+    t[4] = even_b - odd_b;
+    t[5] = g[4];
+  }
+  static void output(const Vec (&m)[6], Vec (&y)[2]) {
+    const Vec odd_a = m[1] - m[2], odd_b = m[3] - m[4];
+    y[0] = m[0] + ((m[1] + m[2]) + (m[3] + m[4]));
+    y[1] = fma(Vec(kB), odd_b, fma(Vec(kA), odd_a, m[5]));
+  }
+};
+
+// Two outputs of three taps, at 0, ±1, ∞: half the gain of F43, and no more rounding error than the direct form.
+struct F23 {
+  static constexpr int kOutputs = 2, kTaps = 3, kInputs = 4;
+
+  static void input(const Vec (&d)[4], Vec (&t)[4]) {
+    t[0] = d[2] - d[0];
+    t[1] = d[1] + d[2];
+    t[2] = d[2] - d[1];
+    t[3] = d[3] - d[1];
+  }
+  static void filter(const Vec (&g)[3], Vec (&t)[4]) {
+    const Vec even = (g[0] + g[2]) * Vec(0.5f), odd = g[1] * Vec(0.5f);
+    t[0] = Vec(0.0f) - g[0];
+    t[1] = even + odd;
+    t[2] = even - odd;
+    t[3] = g[2];
+  }
+  static void output(const Vec (&m)[4], Vec (&y)[2]) {
+    y[0] = m[0] + (m[1] + m[2]);
+    y[1] = (m[1] - m[2]) + m[3];
+  }
+};
+
+// A transform in two dimensions, one after the other. `get(i, j)` reads the element of row i and column j, `put` takes
 // it.
 template <int kIn, int kOut, class Transform, class Get, class Put>
 static inline void transform_2d(const Transform& transform, const Get& get, const Put& put) {

@@ -145,6 +145,20 @@ void a_row_does_not_depend_on_the_others() {
   }
 }
 
+// Tiles cover the rows, each is compiled for its own height, and none is low while there are rows for two halves.
+void heights_of_tiles() {
+  for (int64_t left = 1; left <= 5 * kTileRows; ++left) {
+    const int height = tile_height(left);
+    CHECK(height >= 1 && height <= kTileRows && height <= left, "%d of %lld rows", height,
+          static_cast<long long>(left));
+    CHECK(left <= kTileRows ? height == left : 2 * height >= kTileRows, "%d of %lld rows", height,
+          static_cast<long long>(left));
+    int compiled = 0;
+    with_height(height, [&](auto h) { compiled = decltype(h)::value; });
+    CHECK(compiled == height, "a tile of %d rows is compiled for %d", height, compiled);
+  }
+}
+
 void nothing_to_do() {
   const float number = 1.0f;
   const Blocks a = {&number, W, 1, 1, 1};
@@ -162,6 +176,7 @@ const check::Case check::cases[] = {
     {"every width of the last blocks", every_width_of_the_last_blocks},
     {"long sums", long_sums},
     {"a row does not depend on the others", a_row_does_not_depend_on_the_others},
+    {"heights of tiles", heights_of_tiles},
     {"nothing to do", nothing_to_do},
     {nullptr, nullptr},
 };

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from inpaintrt.runtime import native
+from inpaintrt.runtime.policy import ieee
 from inpaintrt.runtime.spec import Args, Outputs
 
 from . import Launcher
@@ -22,9 +23,9 @@ def missing(op: str, device: torch.device) -> str:
 
 def launcher(op: str) -> Launcher:
     kernel = native.library().cpu_kernel(op)
-    threads = torch.get_num_threads
+    threads, precise = torch.get_num_threads, ieee.get
 
     def launch(args: Args, outs: Outputs) -> None:
-        kernel(args, outs, threads())
+        kernel(args, outs, threads(), precise())
 
     return launch

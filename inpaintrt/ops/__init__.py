@@ -1,10 +1,13 @@
 """Functional ops: differentiable, safe to compile and to export. One file per op; see `docs/ops`."""
 
+from .aot_gate import aot_gate
 from .contextual_attention import contextual_attention
 from .contextual_attention_with_offsets import contextual_attention_with_offsets
 from .fourier_unit import fourier_unit
 from .fused_conv2d import fused_conv2d
 from .gated_activation import gated_activation
+from .gated_conv2d import gated_conv2d
+from .partial_conv2d import partial_conv2d
 
 # fmt: off
-__all__ = ["contextual_attention", "contextual_attention_with_offsets", "fourier_unit", "fused_conv2d", "gated_activation"]
+__all__ = ["aot_gate", "contextual_attention", "contextual_attention_with_offsets", "fourier_unit", "fused_conv2d", "gated_activation", "gated_conv2d", "partial_conv2d"]

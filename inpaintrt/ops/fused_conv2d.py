@@ -18,14 +18,11 @@ from torch import Tensor
 
 from inpaintrt.runtime.library import register
 from inpaintrt.runtime.spec import Cost, Lane, OpSpec, Outputs, Sample
-from inpaintrt.testing.compare import DIRECT, WINOGRAD, Numerics
+from inpaintrt.testing.compare import DIRECT, Numerics
 
-from ._shared import PADDING_MODES, activate, check_activation, memory_format, pad_sides
-
-_LEAST_TILES = 16
-
-
-_NO_PADDING = [0, 0, 0, 0]
+from ._convolution import NO_PADDING, check_alike, check_operands, check_shape, convolve, output_size, single
+from ._engine import cpu_numerics, cpu_refuses
+from ._shared import activate, check_activation, memory_format, pad_sides
 
 
 def _reference(
@@ -34,7 +31,7 @@ def _reference(
     bias: Tensor | None = None,
     *,
     stride: int = 1,
-    padding: list[int] = _NO_PADDING,
+    padding: list[int] = NO_PADDING,
     dilation: int = 1,
     groups: int = 1,
     padding_mode: str = "zeros",
@@ -48,27 +45,26 @@ def _reference(
     alpha: float | None = None,
     residual: Tensor | None = None,
     residual_mode: str = "after",
+    second: Tensor | None = None,
 ) -> Tensor:
     with torch.autocast(x.device.type, enabled=False):
+        if second is not None:
+            x = torch.cat([x, second], dim=1)
         if mask is not None:
-            x = x * mask.to(x.dtype)
+            x = x * mask
         if upsample > 1:
             x = F.interpolate(x, scale_factor=float(upsample), mode="nearest")
-        top, left, bottom, right = padding
         inside = bias if scale is None and shift is None else None
         if transposed:
-            y = F.conv_transpose2d(x, weight, inside, stride, (top, left), output_padding, groups, dilation)
-        elif padding_mode == "zeros" and (top, left) == (bottom, right):
-            y = F.conv2d(x, weight, inside, stride, (top, left), dilation, groups)
+            y = F.conv_transpose2d(x, weight, inside, stride, padding[:2], output_padding, groups, dilation)
         else:
-            mode = "constant" if padding_mode == "zeros" else padding_mode
-            y = F.conv2d(F.pad(x, (left, right, top, bottom), mode), weight, inside, stride, 0, dilation, groups)
-        y = y if y.dtype == torch.float64 else y.float()
+            y = convolve(x, weight, inside, stride, padding, dilation, groups, padding_mode)
+        y = single(y)
         if scale is not None:
-            y = y * scale.to(y.dtype).view(-1, 1, 1)
+            y = y * single(scale).view(-1, 1, 1)
         for vector in (shift, bias if inside is None else None):
             if vector is not None:
-                y = y + vector.to(y.dtype).view(-1, 1, 1)
+                y = y + single(vector).view(-1, 1, 1)
         if residual is not None and residual_mode == "before":
             y = y + residual
         y = activate(y, activation, alpha)
@@ -96,18 +92,12 @@ def _out(
     alpha: float | None,
     residual: Tensor | None,
     residual_mode: str,
+    second: Tensor | None,
 ) -> Outputs:
-    if x.dim() != 4 or weight.dim() != 4 or not x.is_floating_point():
+    check_operands(x, weight, stride, dilation, padding, padding_mode)
+    if groups < 1 or upsample not in (1, 2) or residual_mode not in ("before", "after"):
         raise ValueError(
-            f"x is {tuple(x.shape)} {x.dtype}, weight {tuple(weight.shape)}; accepted: 4-D floating-point tensors"
-        )
-    if min(stride, dilation, groups) < 1 or upsample not in (1, 2):
-        raise ValueError(
-            f"stride {stride}, dilation {dilation}, groups {groups}, upsample {upsample}; accepted: 1 or more, upsample 1 or 2"
-        )
-    if padding_mode not in PADDING_MODES or residual_mode not in ("before", "after"):
-        raise ValueError(
-            f"padding_mode is {padding_mode!r}, residual_mode {residual_mode!r}; accepted: {', '.join(PADDING_MODES)}; "
+            f"groups is {groups}, upsample {upsample}, residual_mode {residual_mode!r}; accepted: 1 or more; 1 or 2; "
             "before, after"
         )
     if transposed and (padding_mode != "zeros" or upsample != 1 or padding[:2] != padding[2:]):
@@ -116,38 +106,30 @@ def _out(
         raise ValueError(f"output_padding is {output_padding}; accepted: 0 unless transposed")
     check_activation(activation, alpha)
     b, c, h, w = x.shape
+    if second is not None:
+        check_shape("the second part of x", second, (b, second.shape[1], h, w))
+        c += second.shape[1]
     inputs, outputs = (
         (weight.shape[0], weight.shape[1] * groups) if transposed else (weight.shape[1] * groups, weight.shape[0])
     )
     if c != inputs or outputs % groups:
         raise ValueError(f"x has {c} channels, weight is {tuple(weight.shape)} in {groups} groups; they do not fit")
-    sides = (padding[0] + padding[2], padding[1] + padding[3])
-    size = []
-    for length, both, kernel in zip((h, w), sides, weight.shape[2:], strict=True):
-        reach = dilation * (kernel - 1)
-        if transposed:
-            size.append((length - 1) * stride - both + reach + output_padding + 1)
-        else:
-            size.append((length * upsample + both - reach - 1) // stride + 1)
-    if min(size) < 1 or min(h, w) < 1:
-        raise ValueError(f"x of {h}×{w} with padding {padding} is smaller than the kernel's reach")
-    if padding_mode == "reflect" and not (max(padding[::2]) < h * upsample and max(padding[1::2]) < w * upsample):
-        raise ValueError(f"reflection by {padding} (top, left, bottom, right) needs more than x's {h}×{w}")
+    if transposed:
+        size = [
+            (n - 1) * stride - 2 * p + dilation * (k - 1) + output_padding + 1
+            for n, p, k in zip((h, w), padding, weight.shape[2:], strict=False)
+        ]
+        if min(size) < 1 or min(h, w) < 1:
+            raise ValueError(f"x of {h}×{w} with padding {padding} leaves nothing of the transposed convolution")
+    else:
+        size = output_size((h * upsample, w * upsample), weight.shape[2:], stride, padding, dilation, padding_mode)
     shape = (b, outputs, *size)
-    for name, t, accepted in (
-        ("bias", bias, [(outputs,)]),
-        ("scale", scale, [(outputs,)]),
-        ("shift", shift, [(outputs,)]),
-        ("mask", mask, [(m, n, h, w) for m in (1, b) for n in (1, c)]),
-        ("residual", residual, [shape]),
-    ):
-        if t is not None and tuple(t.shape) not in accepted:
-            raise ValueError(
-                f"{name} has shape {tuple(t.shape)}; accepted: {' or '.join(map(str, dict.fromkeys(accepted)))}"
-            )
-    for name, t in (("weight", weight), ("bias", bias), ("scale", scale), ("shift", shift), ("residual", residual)):
-        if t is not None and (t.dtype != x.dtype or t.device != x.device):
-            raise ValueError(f"{name} is {t.dtype} on {t.device}; accepted: x's {x.dtype} on {x.device}")
+    for name, vector in (("bias", bias), ("scale", scale), ("shift", shift)):
+        check_shape(name, vector, (outputs,))
+    check_shape("mask", mask, *((m, n, h, w) for m in (1, b) for n in (1, c)))
+    check_shape("residual", residual, shape)
+    check_alike(x, weight=weight, bias=bias, scale=scale, shift=shift, mask=mask, residual=residual)
+    check_alike(x, second=second)
     return (torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=memory_format(x)),)
 
 
@@ -159,35 +141,29 @@ def _cpu_refuses(
     padding: list[int],
     dilation: int,
     groups: int,
+    *_: object,
+) -> Iterator[str]:
+    """Kernels longer than 64, strides above 8, groups."""
+    yield from cpu_refuses(x, weight, stride, padding, dilation)
+    if groups != 1:
+        yield f"groups is {groups}; 1 is covered"
+
+
+def _cpu_numerics(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: int,
+    padding: list[int],
+    dilation: int,
+    groups: int,
     padding_mode: str,
     mask: Tensor | None,
     upsample: int,
     transposed: bool,
-    output_padding: int,
-    scale: Tensor | None,
-    shift: Tensor | None,
-    *finish: object,
-) -> Iterator[str]:
-    """All but 1×1 and 3×3 convolutions of stride 1, and 3×3 ones of fewer than 16 tiles of 4×4."""
-    kernel = tuple(weight.shape[2:])
-    if x.dtype != torch.float32 and kernel != (1, 1):
-        yield f"{x.dtype} has a kernel for 1×1 convolutions only: Winograd's transforms cancel more than its digits bear"
-    if kernel not in ((1, 1), (3, 3)) or (stride, dilation, groups, upsample) != (1, 1, 1, 1) or transposed:
-        yield "only 1×1 and 3×3 convolutions with stride, dilation, groups and upsample of 1 have a kernel"
-    elif max(padding) >= kernel[0]:
-        yield f"padding {max(padding)} is more than a {kernel[0]}×{kernel[0]} convolution needs ({kernel[0] - 1})"
-    elif kernel == (3, 3):
-        height, width = x.shape[2] + padding[0] + padding[2] - 2, x.shape[3] + padding[1] + padding[3] - 2
-        tiles = x.shape[0] * -(-height // 4) * -(-width // 4)
-        if tiles < _LEAST_TILES and x.shape[0]:
-            yield f"{tiles} tiles of 4×4 do not pay for the transformed filters; {_LEAST_TILES} do"
-    if mask is not None or scale is not None or shift is not None:
-        yield "mask, scale and shift are not part of the kernels"
-
-
-def _cpu_numerics(x: Tensor, weight: Tensor, *rest: object) -> Numerics:
-    """Winograd's for 3×3; a 1×1 convolution is one product."""
-    return WINOGRAD if weight.shape[2] == 3 else DIRECT
+    *_: object,
+) -> Numerics:
+    return DIRECT if transposed else cpu_numerics(x, weight, stride, padding, dilation)
 
 
 def _samples(level: str) -> Iterator[Sample]:
@@ -260,13 +236,29 @@ SPEC = OpSpec(
     reference=_reference,
     out=_out,
     lanes={
-        "cpu": Lane(dtypes=frozenset({torch.float32, torch.bfloat16}), refuses=_cpu_refuses, numerics=_cpu_numerics)
+        "triton": Lane(),
+        "cpu": Lane(dtypes=frozenset({torch.float32, torch.bfloat16}), refuses=_cpu_refuses, numerics=_cpu_numerics),
     },
     samples=_samples,
     cost=_cost,
 )
 
 _call = register(SPEC)
+
+_WHOLE_BLOCKS = 32
+"""Channels that fill vectors of lanes on every ISA of a CPU: its kernels read the second part where the first ends."""
+
+
+def _in_two(x: Tensor | Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
+    """x as one tensor, or as two where kernels read them side by side."""
+    if isinstance(x, Tensor):
+        return x, None
+    first, *rest = x
+    if not rest:
+        return first, None
+    if first.dim() != 4 or (first.device.type == "cpu" and first.shape[1] % _WHOLE_BLOCKS):
+        return torch.cat([first, *rest], dim=1), None
+    return first, rest[0] if len(rest) == 1 else torch.cat(rest, dim=1)
 
 
 def fused_conv2d(
@@ -293,14 +285,15 @@ def fused_conv2d(
     """act(scale · conv(x) + shift + bias) + residual.
 
     Args:
-        x: (B, Cin, H, W), or several of equal size, read as their concatenation along the channels; floating point.
+        x: (B, Cin, H, W), or several of equal size, read as their concatenation along the channels; floating point. On
+            a CPU, the second of two is read in its place, without joining them, if the first has a multiple of 32 channels.
         weight: (Cout, Cin/groups, kh, kw); for `transposed` (Cin, Cout/groups, kh, kw). Dtype of x, as all tensors but mask.
         bias: (Cout,).
         stride, dilation, groups: as in torch.
         padding: on all sides, or (vertical, horizontal), or (top, left, bottom, right), or "same" (torch's: the larger half
             last, for stride 1), or "tf_same" (TensorFlow's, for any stride: output size ⌈size/stride⌉).
         padding_mode: "zeros", "reflect" (edge not repeated) or "replicate".
-        mask: (1|B, 1|Cin, H, W), multiplied onto x before anything else.
+        mask: (1|B, 1|Cin, H, W), multiplied onto x before anything else; any dtype, converted to that of x.
         upsample: 2 reads x doubled by nearest neighbour.
         transposed, output_padding: transposed convolution, as in torch.
         scale, shift: (Cout,), a folded batch norm.
@@ -314,16 +307,17 @@ def fused_conv2d(
         ValueError: shapes, dtypes or options do not fit; the message names them.
         UnsupportedError: a backend forced by `use_backend` cannot run this call.
 
-    On the CPU, float32 1×1 and 3×3 and bfloat16 1×1 convolutions of stride 1 without mask, scale and shift have kernels;
-    everything else runs as torch's convolution. Sums are float32. The 3×3 ones are Winograd's, with an RMS error of up to 8
-    times and a largest error of up to 12 times the direct form's.
+    On the CPU, float32 and bfloat16 in one group have kernels. Sums are float32. Of float32, 3×3 and 5×5 convolutions of
+    stride 1 may be Winograd's, with an RMS error of up to 8 times and a largest error of up to 12 times the direct form's;
+    precision="ieee" keeps to the direct form and F(2×2, 3×3), whose error is the direct form's.
     """
-    joined = x if isinstance(x, Tensor) else torch.cat(list(x), dim=1)
-    if joined.dim() != 4 or weight.dim() != 4:
-        raise ValueError(f"x is {tuple(joined.shape)}, weight {tuple(weight.shape)}; accepted: 4-D tensors")
-    size = [n * upsample for n in joined.shape[2:]]
+    x, second = _in_two(x)
+    if x.dim() != 4 or weight.dim() != 4:
+        raise ValueError(f"x is {tuple(x.shape)}, weight {tuple(weight.shape)}; accepted: 4-D tensors")
+    size = [n * upsample for n in x.shape[2:]]
     sides = pad_sides(padding, size, weight.shape[2:], stride, dilation, transposed)
+    masked = None if mask is None else mask.to(x.dtype)
     return _call(  # type: ignore[no-any-return]
-        joined, weight, bias, stride, sides, dilation, groups, padding_mode, mask, upsample, transposed, output_padding,
-        scale, shift, activation, alpha, residual, residual_mode,
+        x, weight, bias, stride, sides, dilation, groups, padding_mode, masked, upsample, transposed, output_padding,
+        scale, shift, activation, alpha, residual, residual_mode, second,
     )  # fmt: skip

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from inpaintrt.testing.compare import DIRECT, Numerics
 
-from . import registry
+from . import native, registry
 from .errors import KernelError, UnsupportedError
 from .policy import Policy, ieee, policy, requested
 from .settings import settings
@@ -30,6 +30,14 @@ log = logging.getLogger("inpaintrt")
 Observer = Callable[[str, str, Args], None]
 observers: list[Observer] = []
 """Called with (op, backend, arguments) for each launch; `explain` and tests listen. Empty in normal use."""
+
+
+def algorithm(op: str, backend: str, args: Args) -> str:
+    """By which of several algorithms a launch computes what an observer heard of; "" where there are no several."""
+    if backend != "cpu" or op not in registry.names():
+        return ""
+    choice = native.choice(op, args, registry.get(op).out(*args))
+    return choice.algorithm if choice else ""
 
 
 @dataclass(frozen=True)
@@ -191,4 +199,4 @@ def _backend(name: str) -> Any:
     return importlib.import_module(f"inpaintrt.backends.{name}")
 
 
-__all__ = ["Candidate", "Dispatcher", "Policy", "describe", "launches", "log", "observers"]
+__all__ = ["Candidate", "Dispatcher", "Policy", "algorithm", "describe", "launches", "log", "observers"]

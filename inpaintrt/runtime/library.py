@@ -104,7 +104,7 @@ def _gradient(
             needs = [ctx.needs_input_grad[i] for i in tensors]
             if torch.is_grad_enabled():  # create_graph=True: what is differentiated again is the reference's gradient
                 leaves = [args[i] for i, needed in zip(tensors, needs, strict=True) if needed]
-                outputs = as_outputs(spec.run_reference(*args))
+                outputs, grads = _differentiable(as_outputs(spec.run_reference(*args)), grads)
                 found = iter(torch.autograd.grad(outputs, leaves, grads, create_graph=True, materialize_grads=True))
             else:
                 token = policy.set(ctx.policy)
@@ -154,8 +154,14 @@ def _vjp(spec: OpSpec, args: Args, grads: list[Tensor], wanted: list[int]) -> Ou
         leaves = list(args)
         for i in wanted:
             leaves[i] = args[i].detach().requires_grad_()
-        outputs = as_outputs(spec.run_reference(*leaves))
-        return torch.autograd.grad(outputs, [leaves[i] for i in wanted], grads, materialize_grads=True)
+        outputs, given = _differentiable(as_outputs(spec.run_reference(*leaves)), grads)
+        return torch.autograd.grad(outputs, [leaves[i] for i in wanted], given, materialize_grads=True)
+
+
+def _differentiable(outputs: Outputs, grads: Sequence[Tensor]) -> tuple[Outputs, tuple[Tensor, ...]]:
+    """The outputs that depend on what is differentiated (a mask may not), with their gradients."""
+    kept = [(out, grad) for out, grad in zip(outputs, grads, strict=True) if out.requires_grad]
+    return tuple(out for out, _ in kept), tuple(grad for _, grad in kept)
 
 
 def _with_signature(signature: inspect.Signature, body: Callable[[Args], Any]) -> Callable[..., Any]:

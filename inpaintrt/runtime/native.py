@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 import functools
+import logging
 import os
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import torch
+from torch import Tensor
 
-ABI = 3
+from . import tuning
+from .policy import ieee
+
+log = logging.getLogger("inpaintrt")
+ABI = 4
+_preferences: dict[str, str] = {}
 
 
 @functools.cache
@@ -34,6 +43,11 @@ def _load() -> tuple[ModuleType | None, str]:
         _C.bind_tensor_type(torch.Tensor)
     except (ValueError, RuntimeError) as error:
         return None, str(error)
+    if found := tuning.read(_C.build_info()["version"]):
+        try:
+            _prefer(_C, found)
+        except (ValueError, TypeError) as error:
+            log.info("preferences are left aside: %s: %s", tuning.path(), error)
     return _C, ""
 
 
@@ -48,6 +62,56 @@ def library() -> Any:
 def missing() -> str:
     """Why there is no native library, or an empty string."""
     return _load()[1]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """By which of its algorithms a CPU kernel computes a call."""
+
+    key: str
+    """The form of the call: dtype, sizes, threads, instruction set, precision. Preferences go by it."""
+    algorithm: str
+    algorithms: tuple[str, ...]
+    """All that compute it, under the precision asked for."""
+    ieee: bool
+    """Whether that is "ieee", or the data make it so (masks that leave few valid pixels in a window)."""
+
+
+def choice(op: str, args: tuple[Any, ...], outs: tuple[Tensor, ...]) -> Choice | None:
+    """The choice for a call as `backends.cpu` would launch it now; None where there is one way to compute it, or nothing.
+
+    `outs` are neither read nor written, so they may be empty tensors of the op's `out`.
+    """
+    kernel = library().cpu_kernel(op)
+    found = None if kernel is None else kernel.choice(args, outs, torch.get_num_threads(), ieee.get())
+    if found is None:
+        return None
+    key, algorithms, chosen, as_ieee, refused = found
+    if refused:
+        _tell_refused(key, preferences().get(key, ""), algorithms[chosen])
+    return Choice(key, algorithms[chosen], algorithms, as_ieee)
+
+
+def preferences() -> dict[str, str]:
+    """The algorithms preferred in this process, by key: those of the user's file, unless `prefer` replaced them."""
+    library()
+    return dict(_preferences)
+
+
+def prefer(preferences: Mapping[str, str]) -> None:
+    """Replace the preferences of this process. One that a call cannot follow is left aside."""
+    _prefer(library(), preferences)
+
+
+def _prefer(module: Any, preferences: Mapping[str, str]) -> None:
+    global _preferences
+    module.prefer(dict(preferences))
+    _preferences = dict(preferences)
+
+
+@functools.cache
+def _tell_refused(key: str, preferred: str, taken: str) -> None:
+    log.info("%s: %r does not compute this; %s is taken", key, preferred, taken)
 
 
 @functools.cache

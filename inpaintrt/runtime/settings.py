@@ -41,6 +41,7 @@ class Settings:
     backend: str = _setting("auto", _backend, "backend of every op unless `use_backend` says otherwise")
     disable: bool = _setting(False, _flag, "accelerated modules run their original forward: the switch for incidents")
     strict: bool = _setting(False, _flag, "an op that finds no backend raises instead of running its reference")
+    cache: str = _setting("auto", str, "folder for what `inpaintrt tune` finds; auto: below XDG_CACHE_HOME or ~/.cache")
 
     @classmethod
     def from_env(cls, env: Mapping[str, str]) -> Settings:

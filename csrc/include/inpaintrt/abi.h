@@ -14,9 +14,10 @@
 extern "C" {
 #endif
 
-#define IRT_ABI_VERSION 3
+#define IRT_ABI_VERSION 4
 #define IRT_MAX_DIMS 6
 #define IRT_MAX_LAUNCHES 8
+#define IRT_MAX_ALGORITHMS 8
 
 typedef enum irt_dtype {
   IRT_F32 = 0,
@@ -67,6 +68,7 @@ typedef struct irt_call {
   int32_t threads; /* CPU: at most this many; CUDA: unused */
   int32_t device;  /* CUDA device index; -1 on CPU */
   void* stream;    /* CUDA: the stream to launch on; CPU: NULL */
+  int32_t ieee;    /* CPU: not 0 = no algorithm whose rounding error exceeds the direct form's */
 } irt_call;
 
 typedef enum irt_code {
@@ -85,6 +87,21 @@ typedef struct irt_status {
 /* `call` and `status` are not null; the kernel sets the status in any case. A call of the wrong form (null pointers,
  * negative counts, unknown kinds, sizes that overflow, arguments an op does not have) is IRT_BAD_ARGUMENT. */
 typedef void (*irt_kernel)(const irt_call* call, irt_status* status);
+
+/* Which of its algorithms a kernel takes for a call, and by what name a preference for such calls goes. Algorithms are
+ * text for people and files ("direct", "winograd F(4×4,3×3)", UTF-8); the strings live as long as the library. */
+typedef struct irt_choice {
+  char key[192];                              /* all that the choice depends on */
+  const char* algorithms[IRT_MAX_ALGORITHMS]; /* those that compute this call as `ieee` demands */
+  int32_t count;                              /* of them; 0: there is nothing to compute */
+  int32_t chosen;                             /* an index; -1 without algorithms */
+  int32_t ieee;    /* not 0: under the call's `ieee`, or as if it were set, because the data are such */
+  int32_t refused; /* not 0: the preference for this key is none of the kernel's, or cannot compute this call */
+} irt_choice;
+
+/* Takes the call that the kernel would get. Writes to no output, and reads no other data than the choice depends on:
+ * the mask of partial_conv2d. */
+typedef void (*irt_chooser)(const irt_call* call, irt_choice* choice, irt_status* status);
 
 /* One launch of a CUDA kernel: computed in plain host C++, for the nvcc and the NVRTC path alike. */
 typedef struct irt_launch {
@@ -120,10 +137,17 @@ typedef void (*irt_launcher)(const irt_call* call, const irt_plan* plan, void* w
 int irt_abi_version(void);
 const char* irt_cpu_isa(void);       /* the chosen one; NULL when the forced name is unknown or not supported here */
 const char* irt_cpu_isa_error(void); /* why irt_cpu_isa() is NULL; "" otherwise */
-irt_kernel irt_cpu_find(const char* name);   /* NULL when there is none */
-irt_planner irt_plan_find(const char* name); /* likewise */
-int irt_cpu_count(void);                     /* of kernels at the chosen ISA, for listings */
-const char* irt_cpu_name(int index);         /* NULL outside [0, count) */
+irt_kernel irt_cpu_find(const char* name);     /* NULL when there is none */
+irt_chooser irt_cpu_chooser(const char* name); /* NULL when there is no kernel, or one algorithm */
+irt_planner irt_plan_find(const char* name);   /* likewise */
+int irt_cpu_count(void);                       /* of kernels at the chosen ISA, for listings */
+const char* irt_cpu_name(int index);           /* NULL outside [0, count) */
+
+/* Replaces the preferences by `count` pairs of an irt_choice's key and an algorithm; none: every kernel decides by its
+ * model of costs. A preference that a call cannot follow (an unknown name, an algorithm that does not compute it or
+ * that its `ieee` forbids) is left aside. Calls may run meanwhile. Returns an irt_code; the preferences stay as they
+ * were unless it is IRT_OK. Of equal keys the last counts. */
+int irt_cpu_prefer(const char* const* keys, const char* const* algorithms, int count);
 
 /* The workspace arena shared by all CPU kernels. */
 int64_t irt_arena_bytes(void);           /* held now, in use or kept for reuse */

@@ -1,0 +1,51 @@
+// The algorithms by which the engine computes a call, each in a file of its own, and what the planner asks of them.
+#pragma once
+
+#include "arena.h"
+#include "conv.h"
+#include "kernel.h"
+
+namespace irt::INPAINTRT_ISA::conv {
+
+void direct(const Call& call, irt_status& status);        // any call
+void pointwise(const Call& call, irt_status& status);     // 1×1, stride 1, no padding
+void planar(const Call& call, irt_status& status);        // few filters, stride 1
+void winograd_f43(const Call& call, irt_status& status);  // 3×3, stride 1
+void winograd_f23(const Call& call, irt_status& status);  // likewise, with the direct form's rounding error
+void winograd_f25(const Call& call, irt_status& status);  // 5×5, stride 1
+
+constexpr int64_t kFewFilters = 6;
+
+// Whether the direct form upsamples by phases; else it does so while reading. (Reflecting the doubled image by one
+// pixel repeats the edge of the stored one; by more it is no padding of that. Sums of bf16 filters are no bf16
+// numbers.)
+static inline bool phased(const Call& call) {
+  const int64_t widest = most(most(call.top, call.bottom), most(call.left, call.right));
+  return call.upsample > 1 && call.stride == 1 && call.dilation == 1 && call.x->dtype == IRT_F32 &&
+         (call.padding != Padding::reflect || widest <= 1);
+}
+
+// Tiles along one dimension of `size` outputs: for each residue modulo the dilation as many as cover it.
+static inline int64_t tiles_along(int64_t size, int64_t dilation, int64_t outputs) {
+  int64_t tiles = 0;
+  for (int64_t r = 0; r < least(dilation, size); ++r) tiles += ceil_div(ceil_div(size - r, dilation), outputs);
+  return tiles;
+}
+
+// An implementation has a Geometry, which knows the size of the workspace.
+template <class Implementation>
+static inline void run_as(const Call& call, irt_status& status) {
+  const typename Implementation::Geometry g(call);
+  const Workspace space(static_cast<size_t>(g.floats()) * sizeof(float));
+  if (!space.data()) return fail(status, IRT_OUT_OF_MEMORY, "no memory for the workspace");
+  Implementation(call, g, static_cast<float*>(space.data())).run();
+}
+
+template <template <class> class Implementation>
+static inline void run_for_dtype(const Call& call, irt_status& status) {
+  if (call.x->dtype == IRT_F32) return run_as<Implementation<float>>(call, status);
+  if (call.x->dtype == IRT_BF16) return run_as<Implementation<bf16>>(call, status);
+  fail(status, IRT_UNSUPPORTED, "dtype must be float32 or bfloat16");
+}
+
+}  // namespace irt::INPAINTRT_ISA::conv

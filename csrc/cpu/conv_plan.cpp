@@ -1,0 +1,139 @@
+// Which algorithm a convolution takes: the cheapest by a model of their costs, unless it was told otherwise.
+#include "conv_algorithms.h"
+#include "preferences.h"
+#include "winograd.h"
+
+namespace irt::INPAINTRT_ISA::conv {
+namespace {
+
+bool pads(const Call& call) { return call.top || call.left || call.bottom || call.right; }
+bool unstrided(const Call& call) { return call.stride == 1 && !call.transposed; }
+// Beyond, there are hardly any tiles to a subsampled grid, and strips of rows that far apart.
+bool near(const Call& call) { return call.dilation <= 64; }
+bool square(const Call& call, int64_t side) { return call.kernel_height() == side && call.kernel_width() == side; }
+bool single(const Call& call) { return call.weight->dtype == IRT_F32; }
+
+// Time in multiply-adds of one vector, from what was measured on AVX-512: what comes beside the products is memory
+// traffic more than arithmetic, and so counts alike on all ISAs.
+template <class Form>
+double winograd_cost(const Call& call) {
+  const double points = Form::kInputs * Form::kInputs, blocks = static_cast<double>(Filters(call).blocks);
+  const double inputs = static_cast<double>(call.inputs()), in_blocks = static_cast<double>(ceil_div(call.inputs(), W));
+  const double tiles = static_cast<double>(call.batch()) *
+                       static_cast<double>(tiles_along(call.height(), call.dilation, Form::kOutputs)) *
+                       static_cast<double>(tiles_along(call.width(), call.dilation, Form::kOutputs));
+  const double products = points * tiles * inputs * blocks, filters = 4 * points * inputs * blocks;
+  return products + filters + 12 * points * tiles * (in_blocks + blocks);
+}
+
+double planar_cost(const Call& call) {
+  const double pixels = static_cast<double>(call.batch()) * static_cast<double>(call.height() * call.width());
+  const double taps = static_cast<double>(call.kernel_height() * call.kernel_width());
+  const double filters = static_cast<double>(call.outputs() * (call.gated ? 2 : 1));
+  const double inputs = static_cast<double>(call.inputs()), in_blocks = static_cast<double>(ceil_div(call.inputs(), W));
+  return pixels * (1.2 * taps * inputs * filters / static_cast<double>(W) + 8 * in_blocks + 24);
+}
+
+constexpr double kPair = 0.65;  // of a multiply-add's time for each of two channels that are multiplied at once
+
+double direct_cost(const Call& call) {
+  const double blocks = static_cast<double>(ceil_div(Filters(call).blocks, 2) * 2);
+  const double pixels = static_cast<double>(call.batch()) * static_cast<double>(call.height() * call.width());
+  const double inputs = static_cast<double>(call.inputs());
+  double taps = static_cast<double>(call.kernel_height() * call.kernel_width());
+  if (call.transposed) taps /= static_cast<double>(call.stride * call.stride);
+  if (phased(call)) {
+    taps = static_cast<double>((call.kernel_height() / 2 + 1) * (call.kernel_width() / 2 + 1));
+  }
+  const bool pairs = !single(call) && LaneOf<bf16>::kChannels == 2;
+  return (pairs ? kPair : 1) * pixels * taps * inputs * blocks + 2 * taps * inputs * blocks + 12 * pixels * blocks;
+}
+
+struct Algorithm {
+  const char* name;
+  void (*run)(const Call&, irt_status&);
+  bool (*covers)(const Call&);  // whether it computes this call
+  double (*cost)(const Call&);
+};
+
+// In order of preference at equal cost. Names are known to users' files of preferences.
+constexpr Algorithm kAlgorithms[] = {
+    {"pointwise", pointwise, [](const Call& c) { return square(c, 1) && unstrided(c) && !pads(c); }, direct_cost},
+    {"direct", direct, [](const Call&) { return true; }, direct_cost},
+    {"planar", planar,
+     [](const Call& c) { return unstrided(c) && near(c) && c.outputs() * (c.gated ? 2 : 1) <= kFewFilters; },
+     planar_cost},
+    {"winograd F(4×4,3×3)", winograd_f43,
+     [](const Call& c) { return unstrided(c) && near(c) && square(c, 3) && !c.ieee; }, winograd_cost<winograd::F43>},
+    {"winograd F(2×2,3×3)", winograd_f23, [](const Call& c) { return unstrided(c) && near(c) && square(c, 3); },
+     winograd_cost<winograd::F23>},
+    {"winograd F(2×2,5×5)", winograd_f25,
+     [](const Call& c) { return unstrided(c) && near(c) && square(c, 5) && !c.ieee; }, winograd_cost<winograd::F25>},
+};
+static_assert(sizeof kAlgorithms <= IRT_MAX_ALGORITHMS * sizeof(Algorithm), "irt_choice has no room for them");
+
+// What the algorithms' times depend on, of a call on this instruction set; and all that `covers` asks.
+template <size_t kBytes>
+void write_key(const Call& c, char (&key)[kBytes]) {
+  const auto at = [](int64_t number) { return static_cast<long long>(number); };
+  snprintf(key, kBytes,
+           "convolution %s %lld>%lld %lldx%lld%s%s stride %lld dilation %lld up %lld pad %d to %lldx%lldx%lld threads "
+           "%d%s " IRT_STRING(INPAINTRT_ISA),
+           single(c) ? "float32" : "bfloat16", at(c.inputs()), at(c.outputs()), at(c.kernel_height()),
+           at(c.kernel_width()), c.gated ? " gated" : "", c.transposed ? " transposed" : "", at(c.stride),
+           at(c.dilation), at(c.upsample), pads(c), at(c.batch()), at(c.height()), at(c.width()), c.threads,
+           c.ieee ? " ieee" : "");
+}
+
+const Algorithm& cheapest(const Call& call) {
+  const Algorithm* best = nullptr;
+  double least_cost = 0;
+  for (const Algorithm& algorithm : kAlgorithms) {
+    if (!algorithm.covers(call)) continue;
+    const double cost = algorithm.cost(call);
+    if (!best || cost < least_cost) best = &algorithm, least_cost = cost;
+  }
+  return *best;  // there is one: the direct form takes any call
+}
+
+// `refused` is set where somebody prefers what is no algorithm for this call.
+const Algorithm& chosen(const Call& call, const char* key, bool& refused) {
+  char name[::irt::kLongestAlgorithm + 1];
+  refused = false;
+  if (!::irt::preferred(key, name)) return cheapest(call);
+  for (const Algorithm& algorithm : kAlgorithms) {
+    if (!strcmp(algorithm.name, name) && algorithm.covers(call)) return algorithm;
+  }
+  refused = true;
+  return cheapest(call);
+}
+
+const Algorithm& chosen(const Call& call) {
+  if (!::irt::any_preferences()) return cheapest(call);
+  char key[sizeof irt_choice::key];
+  bool refused;
+  write_key(call, key);
+  return chosen(call, key, refused);
+}
+
+}  // namespace
+
+void run(const Call& call, irt_status& status) {
+  if (call.out->sizes[0] == 0) return;
+  if (!fits(call)) return fail(status, IRT_OUT_OF_MEMORY, "no memory for a workspace of that size");
+  chosen(call).run(call, status);
+}
+
+void choose(const Call& call, irt_choice& choice) {
+  if (call.out->sizes[0] == 0 || !fits(call) || (!single(call) && call.x->dtype != IRT_BF16)) return;
+  write_key(call, choice.key);
+  bool refused;
+  const Algorithm& best = chosen(call, choice.key, refused);
+  choice.refused = refused, choice.ieee = call.ieee;
+  for (const Algorithm& algorithm : kAlgorithms) {
+    if (&algorithm == &best) choice.chosen = choice.count;
+    if (algorithm.covers(call)) choice.algorithms[choice.count++] = algorithm.name;
+  }
+}
+
+}  // namespace irt::INPAINTRT_ISA::conv

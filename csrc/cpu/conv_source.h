@@ -1,0 +1,93 @@
+// The input of a convolution as rows of one image: parts of channels joined, masked, doubled and padded while they are
+// read, so that none of these exists in memory.
+#pragma once
+
+#include "conv.h"
+
+namespace irt::INPAINTRT_ISA::conv {
+
+template <class T, class AnyLane = LaneOf<T>>
+class Source {
+ public:
+  using Lane = AnyLane;                                      // Single: as floats, whatever they are stored as
+  static constexpr int64_t kChannels = W * Lane::kChannels;  // of one block
+
+  // `doubled`: whether to read x as upsampled; an algorithm by phases does that itself.
+  Source(const Call& call, bool doubled)
+      : call_(call),
+        zoom_(doubled ? call.upsample : 1),
+        height_(call.x->sizes[2] * zoom_),
+        width_(call.x->sizes[3] * zoom_) {}
+
+  static int64_t lanes(const Call& call) { return ceil_div(call.inputs(), Lane::kChannels); }
+  static int64_t blocks(const Call& call) { return ceil_div(call.inputs(), kChannels); }
+  // The lanes that exist in the last block.
+  static int tail(const Call& call) { return static_cast<int>(lanes(call) - (blocks(call) - 1) * W); }
+
+  // Pixels [first, first + count) of row y of one block of channels, as [pixel][lane]. Rows and columns count from the
+  // unpadded image's corner; what lies beyond the padding is 0.
+  void read(int64_t b, int64_t block, int64_t y, int64_t first, int64_t count, float* to) const {
+    const int64_t row = origin(y, height_, call_.top, call_.bottom);
+    const int64_t begin = least(most(first, 0), first + count);
+    const int64_t end = row < 0 ? begin : most(begin, least(first + count, width_));
+    if (end > begin) inside(b, block, row, begin, end, to + (begin - first) * W);
+    const auto outside = [&](int64_t column) {
+      float* pixel = to + (column - first) * W;
+      const int64_t from = row < 0 ? -1 : origin(column, width_, call_.left, call_.right);
+      if (from < 0) {
+        store(pixel, Vec(0.0f));
+      } else if (from >= begin && from < end) {
+        store(pixel, load(to + (from - first) * W));
+      } else {
+        inside(b, block, row, from, from + 1, pixel);
+      }
+    };
+    for (int64_t column = first; column < begin; ++column) outside(column);
+    for (int64_t column = end; column < first + count; ++column) outside(column);
+  }
+
+ private:
+  const Call& call_;
+  int64_t zoom_, height_, width_;
+
+  // The position in [0, size) that position i reads, or −1 for zero.
+  int64_t origin(int64_t i, int64_t size, int64_t before, int64_t after) const {
+    if (i >= 0 && i < size) return i;
+    if (call_.padding == Padding::zeros || i < -before || i >= size + after) return -1;
+    if (call_.padding == Padding::replicate) return i < 0 ? 0 : size - 1;
+    return i < 0 ? -i : 2 * (size - 1) - i;
+  }
+
+  void inside(int64_t b, int64_t block, int64_t y, int64_t begin, int64_t end, float* to) const {
+    if (zoom_ == 1) return stored(b, block, y, begin, end, to);
+    const int64_t low = begin / 2;
+    stored(b, block, y / 2, low, (end - 1) / 2 + 1, to);
+    for (int64_t i = end - 1; i >= begin; --i) store(to + (i - begin) * W, load(to + (i / 2 - low) * W));
+  }
+
+  void stored(int64_t b, int64_t block, int64_t y, int64_t begin, int64_t end, float* to) const {
+    const irt_view* part = call_.x;
+    int64_t local = block;
+    while (part + 1 < call_.x + call_.parts && local * kChannels >= part->sizes[1]) {
+      local -= part->sizes[1] / kChannels;
+      ++part;
+    }
+    read_row<Lane>(row_of<const T, Lane>(*part, b, local, y, begin), end - begin, to);
+    if (call_.mask) apply_mask(b, block, y, begin, end, to);
+  }
+
+  void apply_mask(int64_t b, int64_t block, int64_t y, int64_t begin, int64_t end, float* to) const {
+    const irt_view& m = *call_.mask;
+    const int64_t image = m.sizes[0] == 1 ? 0 : b;
+    const bool shared = m.sizes[1] == 1;
+    const Row<const T> row = row_of<const T, Lane>(m, image, shared ? 0 : block, y, begin);
+    for (int64_t i = 0; i < end - begin; ++i) {
+      const T* at = row.data + i * row.pixel;
+      const Vec both = Lane::pack(Vec(to_float(*at)), Vec(to_float(*at)));
+      const Vec factor = shared ? both : Lane::across(at, row.channels, row.channel);
+      store(to + i * W, Lane::times(load(to + i * W), factor));
+    }
+  }
+};
+
+}  // namespace irt::INPAINTRT_ISA::conv

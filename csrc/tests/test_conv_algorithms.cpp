@@ -1,0 +1,201 @@
+// Each algorithm of the convolution engine (conv_algorithms.h) on the calls that it covers, whether or not the planner
+// would choose it; and Winograd's transforms by themselves. Compiled once per instruction set.
+//
+// Workspaces are exactly as large as was asked for, so that AddressSanitizer sees their ends, and hold NaN at first, so
+// that reading what nobody has written shows (guarded_workspace.h).
+#include "conv_algorithms.h"
+
+#include "check.h"
+#include "convolution.h"
+#include "guarded_workspace.h"
+#include "winograd.h"
+
+namespace irt::INPAINTRT_ISA {
+namespace {
+
+constexpr int64_t W = Vec::kWidth;
+
+// The engine's call for a setting of fused_conv2d or gated_conv2d.
+conv::Call engine_call(const Convolution& c, const Convolution::Arguments& a, irt_view (&parts)[2], int threads) {
+  const Setting& s = c.s;
+  const auto view = [](const irt_value& v) { return v.kind == IRT_TENSOR ? v.tensors : nullptr; };
+  const bool gated = s.op == Op::gated;
+  conv::Call call{};
+  call.x = view(a.values[0]), call.parts = 1, call.out = &a.outs[0];
+  if (s.first) {
+    parts[0] = *call.x, parts[1] = *view(a.values[18]);
+    call.x = parts, call.parts = 2;
+  }
+  call.weight = view(a.values[1]), call.bias = view(a.values[2]);
+  if (!gated) {
+    call.mask = view(a.values[8]), call.scale = view(a.values[12]), call.shift = view(a.values[13]);
+    call.residual = view(a.values[16]);
+  }
+  call.stride = s.stride, call.dilation = s.dilation, call.upsample = s.upsample;
+  call.top = s.pads[0], call.left = s.pads[1], call.bottom = s.pads[2], call.right = s.pads[3];
+  call.padding = !strcmp(s.mode, "zeros")     ? conv::Padding::zeros
+                 : !strcmp(s.mode, "reflect") ? conv::Padding::reflect
+                                              : conv::Padding::replicate;
+  call.transposed = s.transposed, call.gated = gated;
+  parse_activation(s.activation, call.act);
+  call.alpha = static_cast<float>(std::isnan(s.alpha) ? default_alpha(call.act) : s.alpha);
+  call.gain = static_cast<float>(s.gain);
+  call.residual_first = s.residual == Residual::before;
+  call.threads = threads;
+  return call;
+}
+
+struct Algorithm {
+  const char* name;
+  void (*run)(const conv::Call&, irt_status&);
+  int64_t kernel;  // or 0: any
+  bool spreads;    // see convolution.h
+  double units;
+};
+const Algorithm kAlgorithms[] = {
+    {"direct", conv::direct, 0, false, kDirectUnits},
+    {"planar", conv::planar, 0, false, kDirectUnits},
+    {"pointwise", conv::pointwise, 1, false, kDirectUnits},
+    {"F(4x4, 3x3)", conv::winograd_f43, 3, true, kWinogradUnits},
+    {"F(2x2, 3x3)", conv::winograd_f23, 3, true, kWinogradIeeeUnits},
+    {"F(2x2, 5x5)", conv::winograd_f25, 5, true, kWinogradUnits},
+};
+
+double largest = 0.0;
+
+void check_algorithm(const Algorithm& algorithm, Random& random, const Setting& setting, int threads = 1) {
+  const Convolution c(random, setting);
+  const Convolution::Arguments arguments(c);
+  irt_view parts[2];
+  const conv::Call call = engine_call(c, arguments, parts, threads);
+  irt_status status{};
+  algorithm.run(call, status);
+  CHECK(status.code == IRT_OK, "%s, %s: status %d '%s'", algorithm.name, setting.text().c_str(), status.code,
+        status.message);
+  largest = std::max(largest, check_result(c, c.truth(algorithm.spreads), algorithm.units, algorithm.name));
+}
+
+Setting setting_for(const Algorithm& algorithm, Random& random) {
+  for (;;) {
+    Setting s = random_setting(random, random.between(0, 2) ? Op::fused : Op::gated);
+    if (algorithm.run != conv::direct) s.stride = 1, s.transposed = false, s.output_padding = 0;
+    if (algorithm.kernel) s.kh = s.kw = algorithm.kernel;
+    if (algorithm.run == conv::pointwise) s.pad(0);
+    if (algorithm.run == conv::planar) s.outputs = random.between(1, conv::kFewFilters / (s.op == Op::gated ? 2 : 1));
+    if (s.possible()) return s;
+  }
+}
+
+void every_algorithm_on_what_it_covers() {
+  Random random{1};
+  for (const Algorithm& algorithm : kAlgorithms) {
+    largest = 0.0;
+    for (int round = 0; round < 40; ++round) {
+      check_algorithm(algorithm, random, setting_for(algorithm, random), static_cast<int>(random.between(1, 3)));
+    }
+    check::note("%s: float32 at most %.2f of %.2f units", algorithm.name, largest, algorithm.units);
+  }
+}
+
+// Every height and width around the tiles', and dilations that leave some residues fewer tiles, or none.
+void every_number_of_tiles() {
+  Random random{2};
+  for (const Algorithm& algorithm : kAlgorithms) {
+    if (!algorithm.spreads) continue;
+    for (int64_t size = 1; size <= 14; ++size) {
+      Setting s;
+      s.kh = s.kw = algorithm.kernel, s.inputs = 3, s.outputs = 2;
+      s.dilation = 1 + size % 3, s.pad(s.dilation * (s.kh / 2));
+      s.h = size, s.w = 15 - size;
+      check_algorithm(algorithm, random, s);
+    }
+  }
+}
+
+// Sums of more channels than a chain has, whose rounding errors must not grow with their number.
+void long_sums() {
+  Random random{3};
+  for (const Algorithm& algorithm : kAlgorithms) {
+    largest = 0.0;
+    for (int64_t inputs : {65, 130, 256}) {
+      Setting s;
+      s.kh = s.kw = algorithm.kernel ? algorithm.kernel : 2, s.inputs = inputs, s.outputs = 3, s.h = 6, s.w = 7;
+      check_algorithm(algorithm, random, s);
+    }
+    check::note("%s: float32 at most %.2f of %.2f units", algorithm.name, largest, algorithm.units);
+  }
+}
+
+// Few pixels and many filters, which threads share out instead of rows.
+void direct_by_filters() {
+  Random random{4};
+  for (int dtype : {IRT_F32, IRT_BF16}) {
+    Setting s;
+    s.dtype = dtype, s.b = 2, s.inputs = 9, s.outputs = 7 * W + 1, s.h = 2, s.w = 3, s.kh = s.kw = 3, s.pad(1);
+    for (int threads = 1; threads <= 3; ++threads) check_algorithm(kAlgorithms[0], random, s, threads);
+    s.op = Op::gated;
+    check_algorithm(kAlgorithms[0], random, s, 2);
+  }
+}
+
+// ---- the transforms: y = Aᵀ[(G g) ∘ (Bᵀ d)] is a convolution of one dimension --------------------------------------
+
+constexpr double kTransformUnits = 10.0;  // of ‖g‖₁ · max|d|: what was measured, with half as much again
+
+double number(Random& random) { return static_cast<double>(random.between(-0xffffff, 0xffffff)) * 0x1p-24; }
+
+template <class Form>
+void check_transforms(const char* name, Random& random, bool whole) {
+  constexpr int m = Form::kOutputs, r = Form::kTaps, n = Form::kInputs;
+  double worst = 0.0;
+  for (int round = 0; round < 200; ++round) {
+    double d[n], g[r], norm = 0.0, most_d = 0.0;
+    Vec inputs[n], taps[r], transformed[n], filters[n], outputs[m];
+    for (int i = 0; i < n; ++i) {
+      d[i] = whole ? static_cast<double>(random.between(-999, 999)) : number(random);
+      inputs[i] = Vec(static_cast<float>(d[i])), most_d = std::max(most_d, std::fabs(d[i]));
+    }
+    for (int i = 0; i < r; ++i) {
+      g[i] = whole ? static_cast<double>(2 * random.between(-499, 499)) : number(random);
+      taps[i] = Vec(static_cast<float>(g[i])), norm += std::fabs(g[i]);
+    }
+    Form::input(inputs, transformed), Form::filter(taps, filters);
+    for (int i = 0; i < n; ++i) transformed[i] = transformed[i] * filters[i];
+    Form::output(transformed, outputs);
+    for (int i = 0; i < m; ++i) {
+      float lanes[W];
+      store(lanes, outputs[i]);
+      double want = 0.0;
+      for (int k = 0; k < r; ++k) want += g[k] * d[i + k];
+      for (float lane : lanes) {
+        const double error = std::fabs(lane - want), units = error / (0x1p-24 * norm * most_d + 0x1p-149);
+        CHECK(units <= kTransformUnits && (!whole || error == 0.0), "%s: output %d is %.9g, not %.9g", name, i,
+              static_cast<double>(lane), want);
+        worst = std::max(worst, units);
+      }
+    }
+  }
+  check::note("%s: at most %.2f of %.2f units", name, worst, kTransformUnits);
+}
+
+void transforms_are_convolutions() {
+  Random random{5};
+  check_transforms<winograd::F23>("F(2, 3)", random, false);
+  check_transforms<winograd::F43>("F(4, 3)", random, false);
+  check_transforms<winograd::F25>("F(2, 5)", random, false);
+  check_transforms<winograd::F23>("F(2, 3) of whole numbers", random, true);  // has no other factor than 1/2: exact
+}
+
+}  // namespace
+}  // namespace irt::INPAINTRT_ISA
+
+using namespace irt::INPAINTRT_ISA;
+
+const check::Case check::cases[] = {
+    {"transforms are convolutions", transforms_are_convolutions},
+    {"every algorithm on what it covers", every_algorithm_on_what_it_covers},
+    {"every number of tiles", every_number_of_tiles},
+    {"long sums", long_sums},
+    {"direct, by filters", direct_by_filters},
+    {nullptr, nullptr},
+};

@@ -1,0 +1,142 @@
+"""What only partial_conv2d has: the rule for holes, soft masks, one plane for many channels, the mask it returns."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from inpaintrt import ops, use_backend
+from inpaintrt.runtime import dispatch
+from inpaintrt.runtime.errors import UnsupportedError
+from inpaintrt.testing import assert_close_to_truth
+
+
+def _nvidias(x, mask, weight, bias, eps=1e-8, **geometry):
+    """As the original multi-channel module computes it: a second convolution, with ones, for the mask."""
+    mask = mask.expand_as(x)
+    ones = torch.ones_like(weight)
+    s = F.conv2d(mask, ones, **geometry)
+    updated = s.clamp(0, 1)
+    ratio = weight[0].numel() / (s + eps) * updated
+    raw = F.conv2d(x * mask, weight, bias, **geometry)
+    if bias is None:
+        return raw * ratio, updated
+    b = bias.view(1, -1, 1, 1)
+    return ((raw - b) * ratio + b) * updated, updated
+
+
+def _layer(c, outputs, kernel, h=30, w=26):
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(2, c, h, w, generator=generator)
+    weight = torch.randn(outputs, c, kernel, kernel, generator=generator) / (c * kernel**2) ** 0.5
+    mask = torch.ones(2, 1, h, w)
+    mask[0, :, 4:19, 3:20] = 0
+    mask[1, :, ::2] = 0
+    return x, mask, weight, torch.randn(outputs, generator=generator)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("with_bias", [True, False])
+@pytest.mark.parametrize("channels", [False, True])
+@pytest.mark.parametrize(
+    ("c", "outputs", "kernel", "stride"), [(3, 64, 7, 2), (64, 40, 5, 1), (33, 36, 3, 1), (18, 3, 3, 1)]
+)
+def test_is_nvidias(c, outputs, kernel, stride, channels, with_bias, layout):
+    x, mask, weight, bias = _layer(c, outputs, kernel)
+    bias = bias if with_bias else None
+    mask = mask.expand_as(x) if channels else mask
+    geometry = {"stride": stride, "padding": kernel // 2}
+    with use_backend("cpu", op="partial_conv2d"), dispatch.launches() as heard:
+        got, updated = ops.partial_conv2d(x.to(memory_format=layout), mask, weight, bias, **geometry)
+    assert got.is_contiguous(memory_format=layout)
+    own, theirs = _nvidias(x, mask, weight, bias, **geometry)
+    wide = (t if t is None else t.double() for t in (x, mask, weight, bias))
+    assert torch.equal(updated, theirs[:, :1])
+    assert_close_to_truth(got, _nvidias(*wide, **geometry)[0], own, numerics=heard[0].numerics)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_windows_without_valid_pixels_give_zero(backend):
+    """Whatever lies under the hole, whatever eps: no bias, no NaN."""
+    x, mask, weight, bias = _layer(4, 6, 3)
+    mask[:] = 0
+    mask[:, :, 20:] = 1
+    for eps in (1e-8, 1e-6, 0.0):
+        with use_backend(backend, op="partial_conv2d"):
+            got, updated = ops.partial_conv2d(x, mask, weight, bias, padding=1, eps=eps)
+        assert bool((got[:, :, :19] == 0).all())
+        assert bool((updated[:, :, :19] == 0).all())
+        assert bool((got[:, :, 20:] != 0).any())
+        assert bool(got.isfinite().all())
+
+
+def test_soft_masks_count_as_they_are():
+    x, mask, weight, bias = _layer(4, 6, 3)
+    soft = mask * torch.rand(mask.shape, generator=torch.Generator().manual_seed(2)) * 0.2
+    with use_backend("reference", op="partial_conv2d"):
+        expected, theirs = ops.partial_conv2d(x, soft, weight, bias, padding=1)
+    got, updated = ops.partial_conv2d(x, soft, weight, bias, padding=1)
+    assert 0 < float(updated[updated > 0].min()) < 1
+    torch.testing.assert_close(updated, theirs, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-4)
+
+
+def test_scale_one_is_scale_window_over_its_size():
+    x, mask, weight, _ = _layer(6, 8, 3)
+    for channels in (1, 6):
+        m = mask.expand(-1, channels, -1, -1)
+        one, _ = ops.partial_conv2d(x, m, weight, padding=1, scale="one")
+        window, _ = ops.partial_conv2d(x, m, weight, padding=1)
+        torch.testing.assert_close(one * (9 * channels), window, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.float64, torch.int64])
+def test_masks_of_any_dtype(dtype):
+    x, mask, weight, bias = _layer(6, 8, 3)
+    got = ops.partial_conv2d(x, mask.to(dtype), weight, bias, padding=1)
+    expected = ops.partial_conv2d(x, mask, weight, bias, padding=1)
+    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+    assert got[1].dtype == torch.float32
+
+
+def test_one_mask_for_all_images():
+    x, mask, weight, bias = _layer(6, 8, 3)
+    got = ops.partial_conv2d(x, mask[:1], weight, bias, padding=1)
+    expected = ops.partial_conv2d(x, mask[:1].expand(2, -1, -1, -1), weight, bias, padding=1)
+    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+
+
+def test_gradients_are_the_originals():
+    x, mask, weight, bias = _layer(3, 4, 3, 9, 8)
+    leaves = [t.double().requires_grad_() for t in (x, weight, bias)]
+    got, _ = ops.partial_conv2d(leaves[0], mask.double(), leaves[1], leaves[2], padding=1)
+    expected, _ = _nvidias(leaves[0], mask.double(), leaves[1], leaves[2], padding=1)
+    for a, b in zip(torch.autograd.grad(got.sum(), leaves), torch.autograd.grad(expected.sum(), leaves), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"mask": torch.ones(1, 2, 8, 8)}, "mask"),
+        ({"mask": torch.ones(1, 1, 8, 7)}, "mask"),
+        ({"weight": torch.zeros(6, 3, 3, 3)}, "channels"),
+        ({"bias": torch.zeros(3)}, "bias"),
+        ({"scale": "area"}, "scale"),
+        ({"eps": -1.0}, "eps"),
+        ({"eps": float("nan")}, "eps"),
+        ({"x": torch.zeros(1, 4, 8, 8).long()}, "floating"),
+        ({"weight": torch.zeros(6, 4, 9, 9)}, "smaller"),
+    ],
+)
+def test_wrong_arguments_are_named(change, message):
+    call = {"x": torch.zeros(1, 4, 8, 8), "mask": torch.ones(1, 1, 8, 8), "weight": torch.zeros(6, 4, 3, 3)}
+    with pytest.raises(ValueError, match=message):
+        ops.partial_conv2d(**{**call, **change})
+
+
+def test_float16_is_refused_with_a_reason():
+    x, weight = torch.zeros(1, 4, 8, 8).half(), torch.zeros(6, 4, 3, 3).half()
+    with use_backend("cpu", op="partial_conv2d"), pytest.raises(UnsupportedError, match="float16"):
+        ops.partial_conv2d(x, torch.ones(1, 1, 8, 8), weight)
