@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .adapters import ADAPTERS
+from .adapters.convolution import GENERIC
 from .report import Report
 from .runtime.dispatch import launches, numerics_of
 from .runtime.inverse import inverse_note, numpy_inverse
@@ -104,12 +105,17 @@ def _run_piece(record: Record, adapter: Adapter, piece: nn.Module, *args: Any) -
 
 
 def _pieces(path: str, container: nn.Module, record: Record) -> list[_Part]:
-    """The layers of a container: the largest modules with a fused form of their own that hold no two such modules."""
+    """The layers of a container: the largest modules with a fused form of their own that hold no two such modules.
+
+    A family's layer counts as one, although it holds plain convolutions that have a fused form, too.
+    """
     found = []
     for name, child in container.named_children():
         at = f"{path}.{name}" if path else name
         inner = _pieces(at, child, record)
         adapter = next((a for a in ADAPTERS if not a.deep and a.match(child) is None), None)
+        if adapter is not None and adapter.name not in GENERIC:
+            inner = [piece for piece in inner if piece.adapter not in GENERIC]
         if adapter is not None and len(inner) < 2:
             inner = [_Part(at, adapter.name, False, functools.partial(_run_piece, record, adapter, child), child)]
         found += inner

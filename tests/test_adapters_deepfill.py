@@ -483,7 +483,9 @@ def test_gated_convolutions_of_strangers(layer, size):
             _assert_close(layer, x)
     else:
         _assert_equal_by_the_rule(layer, x)
-        assert "gated_activation" in irt.explain(layer, x).rows[0]["op"]
+        circular = any(getattr(m, "padding_mode", "") == "circular" for m in layer.modules())
+        circular = circular or any(isinstance(m, nn.CircularPad2d) for m in layer.modules())
+        assert ("gated_activation" if circular else "gated_conv2d") in irt.explain(layer, x).rows[0]["op"]
     report = irt.verify(layer, x)
     assert report.ok, str(report)
 
@@ -772,7 +774,7 @@ def test_convolutions_without_gates_are_no_gated_convolutions():
         irt.accelerate(module.eval())
         assert record_of(module) is None
         assert "it has the parts of a convolution, but computes none of act(f)" in _why_not(module)
-    for module in (nn.Conv2d(4, 8, 3), nn.Sequential(nn.Conv2d(4, 4, 1), nn.Sigmoid())):
+    for module in (nn.Conv2d(4, 8, 1), nn.Sequential(nn.Conv2d(4, 4, 1), nn.Sigmoid())):
         irt.accelerate(module.eval(), strict=True)
         assert "No module was recognised" in str(irt.explain(module))
 
@@ -797,11 +799,17 @@ def test_a_convolution_and_its_activation_are_one_op(activation):
         )
 
 
-def test_a_convolution_without_a_kernel_stays_as_it_is():
+@pytest.mark.parametrize(
+    "geometry", [{"stride": 2}, {"dilation": 2}, {"padding": 1, "padding_mode": "replicate"}], ids=str
+)
+def test_a_convolution_of_any_geometry_and_its_activation(geometry):
     module = _Activated()
-    module.conv = nn.Conv2d(4, 8, 3, stride=2)
-    irt.accelerate(module.eval(), strict=True)
-    assert "No module was recognised" in str(irt.explain(module))
+    module.conv = nn.Conv2d(4, 8, 3, **geometry)
+    x = recipe.image("plain", 2, 4, 18, 21) * 4 - 2
+    recipe.fill(module).eval()
+    irt.accelerate(module, strict=True)
+    assert _swapped(module) == {("", "deepfill.convolution")}
+    _assert_equal_by_the_rule(module, x)
 
 
 def test_sizes_that_padding_does_not_allow_are_the_originals_business():

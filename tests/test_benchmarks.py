@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import configparser
+import functools
 import importlib.util
 import json
 import re
@@ -11,12 +12,14 @@ import subprocess
 import sys
 import tomllib
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
+import torch
 
-from inpaintrt.testing import machine
+from inpaintrt import ops
+from inpaintrt.runtime import dispatch
+from inpaintrt.testing import machine, recipe
 
 ROOT = Path(__file__).parents[1]
 BENCHMARKS = ROOT / "benchmarks"
@@ -52,6 +55,10 @@ def test_sleepers(versus):
 
 def test_without_truth(versus):
     versus(setup()[1], rounds=2)
+
+
+def test_within_its_tolerance(versus):
+    versus(setup(error=1e-4)[1], tolerances={"inpaintrt": 1e-2}, rounds=2)
 
 
 def test_wrong_result(versus):
@@ -101,14 +108,15 @@ def test_wrong_candidates_are_not_timed(
     run: tuple[subprocess.CompletedProcess[str], Path], results: dict[str, Any]
 ) -> None:
     output = run[0].stdout
-    assert "3 failed, 3 passed" in output
+    assert "3 failed, 4 passed" in output
     for message in (
         "inpaintrt: max error",
         r"inpaintrt differs from eager by [\d.e-]+ \(relative RMS\)",
         "other: max error",
     ):
         assert re.search(message, output)
-    assert [b["name"] for b in results["benchmarks"]] == ["test_right", "test_sleepers", "test_without_truth"]
+    timed = ["test_right", "test_sleepers", "test_without_truth", "test_within_its_tolerance"]
+    assert [b["name"] for b in results["benchmarks"]] == timed
 
 
 def test_the_schema_is_complete(results: dict[str, Any]) -> None:
@@ -148,7 +156,7 @@ def test_the_table_is_printed_and_reported(
 ) -> None:
     row = r"sleepers\W+\d+\.?\d*\W+\d+\.?\d*\W+eager\W+1\d\d\W+[12]\.\d\dx \[\d\.\d\d, \d\.\d\d\]"
     assert re.search(row, run[0].stdout)
-    load_report().main([str(run[1])])
+    load("report").main([str(run[1])])
     printed = capsys.readouterr().out
     assert re.search(row, printed)
     assert "| case |" in printed
@@ -159,11 +167,14 @@ def results_date(path: Path) -> str:
     return path.name[:10]
 
 
-def load_report() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("benchmarks_report", BENCHMARKS / "report.py")
+@functools.cache
+def load(name: str) -> Any:
+    """A module of the benchmarks, which are no package."""
+    spec = importlib.util.spec_from_file_location(f"benchmarks_{name}", BENCHMARKS / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up there
     spec.loader.exec_module(module)
     return module
 
@@ -182,8 +193,9 @@ def test_further_baselines_get_rows_of_their_own() -> None:
         "of_floor": 0.5,
         "notes": ["remark"],
     }
-    report = load_report().table([{"name": "test_case", "extra_info": info}], "title")
-    first, second = report.rows
+    cases = [{"name": name, "extra_info": info} for name in ("test_case", "test_other")]
+    report = load("report").table(cases, "title")
+    first, second = report.rows[:2]
     assert (first["case"], first["against"], first["ran on"], first["% of floor"]) == (
         "case",
         "a",
@@ -191,7 +203,109 @@ def test_further_baselines_get_rows_of_their_own() -> None:
         "50",
     )
     assert (second["case"], second["against"], second["setup s"]) == ("", "b", "12.3")
-    assert report.notes == ("case: remark",)
+    assert report.notes == ("case, other: remark",), "cases with the same remark share it"
+
+
+def test_geometric_means() -> None:
+    """Of the fastest of their forms over the fastest of ours; cases outside any group do not count."""
+
+    def case(name: str, ratios: dict[str, float], **more: Any) -> dict[str, Any]:
+        info = {"subject": "ours", "ratios": {other: {"median": r} for other, r in ratios.items()}, **more}
+        return {"name": f"test_{name}", "extra_info": info}
+
+    group: dict[str, Any] = {"group": "layers", "means": {"eager": ["nchw", "nhwc"], "absent": ["x"]}}
+    cases = [
+        case("a", {"nchw": 4.0, "nhwc": 2.0}, **group),
+        case("b", {"nchw": 4.0, "nhwc": 6.0, "ours too": 0.5}, ours=["ours", "ours too"], **group),
+        case("c", {"nchw": 100.0}),
+    ]
+    (row,) = load("report").means(cases).rows
+    assert row == {"group": "layers", "against": "eager", "cases": 2, "geometric mean": "4.00x", "least": "2.00x (a)"}
+    assert load("report").means(cases[2:]) is None
+
+
+# ---- peers -------------------------------------------------------------------------------------------------------------
+
+
+class Attends(torch.nn.Module):
+    """Two outputs, of which one takes an op of ours."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = torch.nn.Conv2d(3, 8, 3, padding=1)
+
+    def forward(self, x: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        y = self.conv(x).relu()
+        return y, ops.contextual_attention(y, y, mask, norm="sum_eps")
+
+
+@pytest.fixture
+def attends() -> tuple[torch.nn.Module, tuple[torch.Tensor, ...]]:
+    mask = torch.zeros(1, 1, 16, 24)
+    mask[..., 4:10, 4:12] = 1
+    return recipe.fill(Attends()).eval(), (recipe.image("photo", 1, 3, 16, 24), mask)
+
+
+def prepared(builders: dict[str, Any], network: Any, inputs: Any, **options: Any) -> Any:
+    ported = {"contextual_attention": load("bench_contextual_attention").ported}
+    with torch.no_grad():
+        return load("peers").prepare(builders, network, inputs, network(*inputs), ported=ported, **options)
+
+
+@pytest.mark.parametrize("name", ["channels-last", "torchscript", "onnxruntime", "openvino"])
+def test_peers_compute_the_network(name: str, attends: Any) -> None:
+    """Including one that calls an op of ours, which they get as the public networks write it."""
+    for package in {"onnxruntime": ("onnxruntime", "onnx", "onnxscript"), "openvino": ("openvino",)}.get(name, ()):
+        pytest.importorskip(package)
+    network, inputs = attends
+    with dispatch.launches() as heard:
+        found = prepared({name: load("peers").PEERS[name]}, network, inputs, tolerance=1e-5)
+    assert found.refused == {}
+    assert found.seconds[name] > 0
+    assert [launch.backend for launch in heard if launch.op != "contextual_attention"] == []
+    with dispatch.launches() as heard, torch.no_grad():
+        results = found.candidates[name]()
+    assert not heard, "a peer runs ops of ours"
+    assert load("peers").difference(results, network(*inputs)) < 1e-5
+
+
+def test_peers_that_cannot_are_reported(attends: Any) -> None:
+    def fails(network: Any, inputs: Any) -> Any:
+        raise RuntimeError(
+            "\nCheck 'false' failed at some/file.cpp:1:\n\x1b[96mno operator fft in /a/b/model.onnx\nmore"
+        )
+
+    def missing(network: Any, inputs: Any) -> Any:
+        return load("peers")._package("no_such_engine")
+
+    def wrong(network: Any, inputs: Any) -> Any:
+        return lambda: [1.01 * y for y in network(*inputs)]
+
+    def another_shape(network: Any, inputs: Any) -> Any:
+        return lambda: network(*inputs)[:1]
+
+    builders = {"fails": fails, "missing": missing, "wrong": wrong, "another shape": another_shape}
+    found = prepared(builders, *attends)
+    assert found.candidates == {}
+    assert found.notes == [
+        "fails: cannot run, RuntimeError: no operator fft in model.onnx",
+        "missing: not run, no package no_such_engine (pip install 'inpaintrt[peers]')",
+        "wrong: not timed, its result differs by 0.01 (relative RMS)",
+        "another shape: not timed, its result differs by inf (relative RMS)",
+    ]
+
+
+def test_a_network_that_keeps_an_op_of_ours_is_reported() -> None:
+    class Gates(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return ops.gated_activation(x)
+
+    with dispatch.launches() as heard:
+        found = prepared({"torchscript": load("peers").PEERS["torchscript"]}, Gates(), (torch.ones(1, 4, 8, 8),))
+        found.candidates["torchscript"]()
+    (why,) = found.notes
+    assert "calls gated_activation, for which no form in torch's own operations is known" in why
+    assert {launch.backend for launch in heard[1:]} == {"reference"}, "a peer was given a kernel of ours"
 
 
 def test_measuring_is_the_default_only_where_asked_for() -> None:

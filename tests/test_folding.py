@@ -5,16 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import nn
 
 from inpaintrt.adapters.folding import (
     batch_norm_affine,
     batch_norm_affines,
-    conv2d_as,
-    conv2d_few_outputs,
-    conv2d_reflect,
     fold_bias,
     fold_weight,
     is_plain_batch_norm,
@@ -26,38 +21,6 @@ from inpaintrt.adapters.folding import (
 
 def _close(a, b):
     torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
-
-
-@settings(max_examples=60, deadline=None, derandomize=True)
-@given(
-    height=st.integers(2, 20),
-    width=st.integers(2, 20),
-    geometry=st.sampled_from([(3, 1, 1), (3, 2, 1), (5, 1, 2), (5, 2, 2), (7, 1, 3), (7, 2, 3), (1, 1, 0)]),
-    channels_last=st.booleans(),
-)
-def test_reflection_without_a_padded_copy(height, width, geometry, channels_last):
-    kernel, stride, padding = geometry
-    if min(height, width) <= padding:
-        return  # reflection itself is undefined
-    layout = torch.channels_last if channels_last else torch.contiguous_format
-    x = torch.randn(2, 3, height, width, dtype=torch.float64).to(memory_format=layout)
-    weight, bias = torch.randn(4, 3, kernel, kernel, dtype=torch.float64), torch.randn(4, dtype=torch.float64)
-    plain = F.conv2d(F.pad(x, (padding,) * 4, mode="reflect"), weight, bias, stride)
-    _close(conv2d_reflect(x, weight, bias, stride=stride, padding=padding), plain)
-
-
-@pytest.mark.parametrize("kernel", [1, 3, 5, 7])
-@pytest.mark.parametrize("bias", [True, False])
-def test_two_by_two_outputs(kernel, bias):
-    x = torch.randn(2, 5, 8, 10, dtype=torch.float64)
-    weight = torch.randn(3, 5, kernel, kernel, dtype=torch.float64)
-    b = torch.randn(3, dtype=torch.float64) if bias else None
-    _close(conv2d_few_outputs(x, weight, b, 1, kernel // 2), F.conv2d(x, weight, b, padding=kernel // 2))
-
-
-def test_two_by_two_refuses_other_geometry():
-    with pytest.raises(ValueError, match="same convolution"):
-        conv2d_few_outputs(torch.ones(1, 1, 4, 4), torch.ones(1, 1, 3, 3), None, 2, 1)
 
 
 @pytest.mark.parametrize("affine", [True, False])
@@ -119,16 +82,3 @@ def test_biases():
     assert torch.equal(total(bias, None, bias), 2 * bias)
     assert joined_biases([None, None], [2, 3]) is None
     assert torch.equal(joined_biases([None, bias], [1, 2]), torch.tensor([0.0, 1.0, 10.0]))
-
-
-@pytest.mark.parametrize("mode", ["reflect", "zeros", "replicate", "circular"])
-@pytest.mark.parametrize(
-    ("kernel", "stride", "padding", "dilation"),
-    [(3, 1, 1, 1), (3, 2, 1, 1), (4, 2, 1, 1), (3, 1, 2, 2), (5, 1, 1, 1), (1, 1, 0, 1), (7, 1, 0, 1)],
-)
-@pytest.mark.parametrize("size", [(9, 8), (12, 7)])
-def test_a_convolution_with_other_weights(mode, kernel, stride, padding, dilation, size):
-    conv = nn.Conv2d(3, 4, kernel, stride, padding, dilation, padding_mode=mode).double()
-    x = torch.randn(2, 3, *size, dtype=torch.float64)
-    _close(conv2d_as(conv, x, conv.weight, conv.bias), conv(x))
-    _close(conv2d_as(conv, x, -conv.weight, None), conv.bias.view(-1, 1, 1) - conv(x))

@@ -4,6 +4,14 @@ from __future__ import annotations
 
 from inpaintrt.runtime.swap import Adapter
 
-from . import contextual_attention, gated, lama
+from . import aotgan, contextual_attention, convolution, gated, glcic, lama, partialconv
 
-ADAPTERS: tuple[Adapter, ...] = (*lama.ADAPTERS, *contextual_attention.ADAPTERS, *gated.ADAPTERS)
+ADAPTERS: tuple[Adapter, ...] = (
+    *lama.ADAPTERS,
+    *aotgan.ADAPTERS,
+    *glcic.ADAPTERS,
+    *partialconv.ADAPTERS,
+    *contextual_attention.ADAPTERS,
+    *gated.ADAPTERS,
+    *convolution.ADAPTERS,
+)

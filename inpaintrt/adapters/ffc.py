@@ -10,30 +10,24 @@ What is done, all of it exact algebra:
 - local-to-local and global-to-local are one convolution over concatenated input channels;
 - every batch norm in eval mode folds into the convolution before it;
 - multiplications by a gate of 1 and additions of 0 are dropped;
-- the two streams stay one tensor;
+- the two streams are read as one, without a copy that joins them;
 - the spectral part is one op, `ops.fourier_unit`, with the sums around it as its residual.
 
-Under bf16 autocast convolutions run in bfloat16; `fourier_unit` gets float32 and is not touched by autocast. What
-`fused_conv2d` has a faster kernel for goes there; other convolutions are torch's own, on contiguous tensors: oneDNN's
-channels-last convolution sums all of K in one chain, and at K = 4608 its rounding error is three times that of the
-blocked one, which the tolerance rule does not allow; at 1/8 resolution both are equally fast.
+Under bf16 autocast convolutions run in bfloat16; `fourier_unit` gets float32 and is not touched by autocast.
 """
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from inpaintrt import ops
-from inpaintrt.ops._shared import PADDING_MODES, activate
-from inpaintrt.runtime import native
 
+from .engine import activated, convolved
 from .folding import (
     BATCH_NORMS,
     Affine,
@@ -42,7 +36,7 @@ from .folding import (
     fold_bias,
     fold_weight,
     is_plain_batch_norm,
-    padded,
+    scale_of,
     total,
 )
 
@@ -295,63 +289,13 @@ def why_not_block(block: tuple[Layer, Layer] | None) -> str | None:
 
 
 Affines = Mapping[nn.Module, Affine]
+Streams = tuple[Tensor, Tensor]
 
 
 def affines_of(*parts: Layer | Spectral) -> Affines:
     """What the batch norms of these parts apply."""
     norms = list(dict.fromkeys(norm for part in parts for norm in part.norms))
     return dict(zip(norms, batch_norm_affines(norms), strict=True))
-
-
-def activated(act: Any, y: Tensor) -> Tensor:
-    """`act` (a module, a pair of name and alpha, or None) on a tensor that nobody else holds."""
-    if isinstance(act, tuple):
-        return activate(y, *act)
-    return y if act is None else y.relu_() if isinstance(act, nn.ReLU) else act(y)  # type: ignore[no-any-return]
-
-
-def convolved(
-    conv: Any, x: Tensor, weight: Tensor, bias: Tensor | None, act: Any = None, more: Tensor | None = None
-) -> Tensor:
-    """act(conv(x) + more) with the geometry of `conv`, another weight and bias: one op where that has a kernel.
-
-    act: a module, a pair (name, alpha) as ops have them, or None.
-    """
-    dtype = _kernel_dtype(conv, x)
-    if dtype is None:
-        around, padding = padded(conv, x)
-        y = F.conv2d(around, weight, bias, conv.stride, padding, conv.dilation)
-        return activated(act, y if more is None else y.add_(more))
-    name, alpha = ("relu", None) if isinstance(act, nn.ReLU) else act if isinstance(act, tuple) else ("none", None)
-    x, weight = x.to(dtype), weight.to(dtype)
-    bias, more = (None if t is None else t.to(dtype) for t in (bias, more))
-    y = ops.fused_conv2d(
-        x, weight, bias, padding=conv.padding[0], padding_mode=conv.padding_mode,
-        activation=name, alpha=alpha, residual=more, residual_mode="before",
-    )  # fmt: skip
-    return y if name != "none" else activated(act, y)
-
-
-def _kernel_dtype(conv: Any, x: Tensor) -> torch.dtype | None:
-    """What `ops.fused_conv2d` is to compute in, where it has more to offer than torch's convolution; else None."""
-    kernel = conv.kernel_size[0]
-    plain = kernel in (1, 3) and conv.padding[0] < kernel and (conv.stride, conv.dilation) == ((1, 1), (1, 1))
-    if not plain or x.device.type != "cpu" or conv.padding_mode not in PADDING_MODES:
-        return None
-    if not torch.is_autocast_enabled("cpu"):
-        return torch.float32 if x.dtype == torch.float32 else None
-    if kernel != 1 or torch.get_autocast_dtype("cpu") != torch.bfloat16 or x.dtype == torch.float64:
-        return None
-    if torch.compiler.is_compiling():  # a program may run on another machine than the one that compiles it
-        return None
-    return torch.bfloat16 if _bf16_pays() else None
-
-
-@functools.cache
-def _bf16_pays() -> bool:
-    """Ours was measured to be the faster 1×1 convolution with AVX512_BF16 alone; with AMX only torch's uses the tiles."""
-    amx = torch.cpu.get_capabilities().get("amx_tile", False)
-    return not native.missing() and native.library().cpu_isa() == "avx512bf16" and not amx
 
 
 def _exact(x: Tensor) -> Tensor:
@@ -379,7 +323,7 @@ def transformed(spectral: Spectral, x: Tensor, affines: Affines) -> Tensor:
         x = spectral.before(x)
     conv, affine = spectral.conv1, affines.get(spectral.norm)
     before, *rest = spectral.after or (None,)
-    hidden = convolved(conv, x, fold_weight(conv.weight, affine), fold_bias(conv.bias, affine), before)
+    hidden = convolved(conv, x, conv.weight, fold_bias(conv.bias, affine), before, scale=scale_of(affine))
     for module in rest:
         hidden = activated(module, hidden)
     hidden = _exact(hidden)
@@ -389,29 +333,28 @@ def transformed(spectral: Spectral, x: Tensor, affines: Affines) -> Tensor:
     return fourier_unit(spectral.unit, hidden, residual, affines)
 
 
-def ffc(layer: Layer, x: Tensor, affines: Affines, residual: Tensor | None = None) -> Tensor:
-    """One FFC with norms and activations on x = [local | global] (B, C, h, w), contiguous.
+def ffc(layer: Layer, streams: Streams, affines: Affines, residual: Streams | None = None) -> Streams:
+    """One FFC with norms and activations on (local, global), each (B, C, h, w), in the first one's memory format.
 
-    `residual`, likewise, is added at the end and gives the sum its dtype.
+    `residual`, likewise, is added at the end and gives the sums their dtype.
     """
     assert layer.spectral is not None
-    n_local, conv, conv2 = layer.local.in_channels, layer.local, layer.spectral.conv2
+    (local, wide), conv, conv2 = streams, layer.local, layer.spectral.conv2
+    after_l, after_g = (None, None) if residual is None else residual
     affine_l, affine_g = affines.get(layer.norm_l), affines.get(layer.norm_g)
-    mixed = transformed(layer.spectral, x[:, n_local:], affines)
-    spectral = convolved(conv2, mixed, fold_weight(conv2.weight, affine_g), None)
-    bias = fold_bias(total(layer.to_wide.bias, conv2.bias), affine_g)
-    wide = convolved(conv, x[:, :n_local], fold_weight(layer.to_wide.weight, affine_g), bias, layer.act_g, spectral)
+    mixed = transformed(layer.spectral, wide, affines)
+    spectral = convolved(conv2, mixed, conv2.weight, None, scale=scale_of(affine_g))
+    bias, weight = fold_bias(total(layer.to_wide.bias, conv2.bias), affine_g), layer.to_wide.weight
+    new_wide = convolved(conv, local, weight, bias, layer.act_g, spectral, after_g, scale_of(affine_g))
 
-    weight = fold_weight(torch.cat([conv.weight, layer.to_local.weight], dim=1), affine_l)
-    local = convolved(conv, x, weight, fold_bias(total(conv.bias, layer.to_local.bias), affine_l), layer.act_l)
-
-    joined = torch.cat([local, wide], dim=1)
-    return joined if residual is None else joined.to(residual.dtype).add_(residual)
+    weight = torch.cat([conv.weight, layer.to_local.weight], dim=1)
+    bias = fold_bias(total(conv.bias, layer.to_local.bias), affine_l)
+    return convolved(conv, (local, wide), weight, bias, layer.act_l, None, after_l, scale_of(affine_l)), new_wide
 
 
-def residual_block(block: tuple[Layer, Layer], x: Tensor, affines: Affines) -> Tensor:
-    """Two FFCs and the residual, on one contiguous tensor [local | global]; the sum has the dtype of x."""
-    return ffc(block[1], ffc(block[0], x, affines), affines, x)
+def residual_block(block: tuple[Layer, Layer], streams: Streams, affines: Affines) -> Streams:
+    """Two FFCs and the residual; the sums have the dtype of `streams`."""
+    return ffc(block[1], ffc(block[0], streams, affines), affines, streams)
 
 
 # ---- what a call cannot have ----------------------------------------------------------------------------------------

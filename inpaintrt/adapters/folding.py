@@ -1,4 +1,4 @@
-"""Algebra that adapters share: batch norm into convolution weights, reflection without padded copies.
+"""Algebra that adapters share: batch norm into convolution weights.
 
 Folded weights are made on each call, in the graph. That costs one pass over the weights, needs no second copy of the
 model, can never be stale, and is differentiable and exportable as it is.
@@ -6,15 +6,12 @@ model, can never be stale, and is differentiable and exportable as it is.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-
-Convolution = Callable[[Tensor, Tensor, Tensor | None, int, int], Tensor]
-
 
 Affine = tuple[Tensor, Tensor]
 BATCH_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
@@ -64,6 +61,10 @@ def fold_weight(weight: Tensor, affine: Affine | None) -> Tensor:
     return weight if affine is None else scale_outputs(weight, affine[0])
 
 
+def scale_of(affine: Affine | None) -> Tensor | None:
+    return None if affine is None else affine[0]
+
+
 def fold_bias(bias: Tensor | None, affine: Affine | None) -> Tensor | None:
     """The bias of a convolution that applies `affine` to its outputs, too."""
     if affine is None:
@@ -98,71 +99,3 @@ def padded(conv: Any, x: Tensor) -> tuple[Tensor, tuple[int, int]]:
     if conv.padding_mode == "zeros" or not (rows or columns):
         return x, (rows, columns)
     return F.pad(x, (columns, columns, rows, rows), mode=conv.padding_mode), (0, 0)
-
-
-def conv2d_as(conv: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """What a Conv2d with square padding does, in its geometry and padding mode, with other weights."""
-    pad = conv.padding[0]
-    if conv.padding_mode == "reflect" and (*conv.kernel_size, *conv.dilation) == (2 * pad + 1, 2 * pad + 1, 1, 1):
-        return conv2d_reflect(x, weight, bias, stride=conv.stride[0], padding=pad)
-    x, padding = padded(conv, x)
-    return F.conv2d(x, weight, bias, conv.stride, padding, conv.dilation)
-
-
-def conv2d_reflect(
-    x: Tensor, weight: Tensor, bias: Tensor | None, *, stride: int, padding: int, conv: Convolution = F.conv2d
-) -> Tensor:
-    """conv2d under reflection padding, without a padded copy of x; `conv` computes the map, F.conv2d the borders.
-
-    Only the outermost outputs read reflected values: the whole map is convolved with zero padding (which the library
-    does without a copy), then the border rows and columns are computed again from narrow, really padded strips. At full
-    resolution the padded copy would cost more than the strips: it is fresh memory, and fresh memory is slow to fill.
-    """
-    out = conv(x, weight, bias, stride, padding)
-    if padding == 0:
-        return out
-    rows, columns = out.shape[-2:]
-    ring = -(-padding // stride)  # outputs from each border whose windows may leave the input
-    kernel = weight.shape[-2:]
-
-    def recompute(narrow: int, y: tuple[int, int], x_range: tuple[int, int]) -> None:
-        window = x
-        for dim in (narrow, -3 - narrow):  # the narrow dimension first: the other then copies little
-            window = _reflected(window, dim, y if dim == -2 else x_range, kernel[dim], stride, padding)
-        out[:, :, y[0] : y[1], x_range[0] : x_range[1]] = F.conv2d(window, weight, bias, stride)
-
-    recompute(-2, (0, ring), (0, columns))
-    recompute(-1, (0, rows), (0, ring))
-    # At stride 2 over an even size the last window ends inside when it reaches no further than one pixel.
-    if stride != 2 or padding > 1 or x.shape[-2] % 2:
-        recompute(-2, (rows - ring, rows), (0, columns))
-    if stride != 2 or padding > 1 or x.shape[-1] % 2:
-        recompute(-1, (0, rows), (columns - ring, columns))
-    return out
-
-
-def _reflected(x: Tensor, dim: int, outputs: tuple[int, int], kernel: int, stride: int, padding: int) -> Tensor:
-    """The rows (dim −2) or columns (−1) of x that outputs [first, last) read, mirrored at the borders (edge not repeated)."""
-    first, last = outputs
-    size = x.shape[dim]
-    at = torch.arange(first * stride - padding, (last - 1) * stride - padding + kernel, device=x.device).abs()
-    return x.index_select(dim, torch.minimum(at, 2 * (size - 1) - at))
-
-
-def conv2d_few_outputs(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, padding: int) -> Tensor:
-    """conv2d (stride 1, zero padding of a same convolution) for very few output channels, two by two pixels at a time.
-
-    Blocked convolutions fill vectors with output channels, so 3 of them waste most lanes. Computing a 2×2 block of
-    outputs as 4·Cout channels of one stride-2 convolution with a kernel one larger fills them: 3.1× less work at 7×7.
-    H and W must be even.
-    """
-    c_out, c_in, k, _ = weight.shape
-    if stride != 1 or k != 2 * padding + 1:
-        raise ValueError("only a same convolution of stride 1 can be computed two by two")
-    blocks = weight.new_zeros(c_out, 2, 2, c_in, k + 1, k + 1)
-    for dy in range(2):
-        for dx in range(2):
-            blocks[:, dy, dx, :, dy : dy + k, dx : dx + k] = weight
-    wide = None if bias is None else bias.repeat_interleave(4)
-    y = F.conv2d(x, blocks.view(4 * c_out, c_in, k + 1, k + 1), wide, stride=2, padding=padding)
-    return F.pixel_shuffle(y, 2)

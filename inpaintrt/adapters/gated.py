@@ -26,13 +26,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from inpaintrt import ops
 from inpaintrt.ops._shared import activate, pad_sides
 from inpaintrt.runtime.dispatch import launches, numerics_of
 from inpaintrt.testing.compare import close_to_truth
 from inpaintrt.testing.recipe import image
 
-from .ffc import Rule, convolved, first_broken, refuses_padding, refuses_tensor
+from .engine import convolved, gate_convolved
+from .ffc import Rule, first_broken, refuses_padding, refuses_tensor
 from .folding import joined_biases
 from .trial import Twin, Verdicts, same, settings_of
 
@@ -130,12 +130,9 @@ def _speaks_of_gates(module: Any, gates: Sequence[str]) -> bool:
 
 
 def _is_activated(children: dict[str, nn.Module], conv: Any, pad: Any, act: Any) -> bool:
-    """No more than a convolution that has a kernel, its padding and its activation."""
+    """No more than a convolution, its padding and its activation."""
     alone = all(child in (conv, pad, act) or isinstance(child, nn.Identity) for child in children.values())
-    has_kernel = (conv.kernel_size, conv.stride, conv.dilation) == ((3, 3), (1, 1), (1, 1))
-    return (
-        alone and has_kernel and conv in children.values() and act is not ... and (named(act) or ("none",))[0] != "none"
-    )
+    return alone and conv in children.values() and act is not ... and (named(act) or ("none",))[0] != "none"
 
 
 def named(act: Any) -> tuple[str, float | None] | None:
@@ -302,11 +299,9 @@ def gated(layer: Any, form: Form, x: Tensor) -> Tensor:
     name, alpha = form.act
     if form.order == PLAIN:
         return convolved(geometry, x, weight, bias, form.act)
-    y = convolved(geometry, x, weight, bias)
+    y = gate_convolved(geometry, x, weight, bias, ("none", None) if form.order == GATE_FIRST else form.act)
     if form.order == GATE_FIRST:
-        y = ops.gated_activation(y, activation="none")
         return activate(y if layer.norm is None else layer.norm(y), name, alpha)
-    y = ops.gated_activation(y, activation=name, alpha=alpha)
     return layer.norm(y) if form.order == THEN_NORM else y  # type: ignore[no-any-return]
 
 
@@ -345,8 +340,8 @@ class GatedAdapter:
     """A gated convolution, in one or two convolutions."""
 
     name = "deepfill.gated"
-    ops: tuple[str, ...] = ("gated_activation", "fused_conv2d")
-    algorithm = "one convolution, one pass for activation and gate"
+    ops: tuple[str, ...] = ("gated_conv2d", "gated_activation", "fused_conv2d")
+    algorithm = "one convolution, activation and gate in its epilogue"
     deep = False
     plain = False
 
@@ -393,11 +388,11 @@ def _refuses_size(geometry: Geometry, size: Sequence[int], form: Form) -> Iterat
 
 
 class ConvolutionAdapter(GatedAdapter):
-    """A 3×3 convolution and its activation, without gates: DeepFill v1's layers."""
+    """A convolution and its activation, without gates: DeepFill v1's layers."""
 
     name = "deepfill.convolution"
     ops: tuple[str, ...] = ("fused_conv2d",)
-    algorithm = "Winograd convolution with its activation"
+    algorithm = "activation in the convolution's epilogue"
     plain = True
 
 

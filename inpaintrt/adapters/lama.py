@@ -1,27 +1,27 @@
 """LaMa and its relatives as modules to swap: Fourier units, spectral transforms, FFCs, residual blocks, whole generators.
 
 The reading, the rules and the algebra of FFCs are in `ffc`; here is what a whole generator adds, and the adapters.
-Full-resolution layers run channels-last, which is twice as fast there; the blocks stay contiguous (see `ffc`).
+Inside a generator everything is channels-last.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, TypeVar, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from inpaintrt.runtime.swap import disabled
 
+from .engine import activated, convolved
 from .ffc import (
     STREAM_RULES,
     Affines,
     Layer,
     Spectral,
-    activated,
+    Streams,
     affines_of,
     block_of,
     ffc,
@@ -43,19 +43,16 @@ from .ffc import (
 from .folding import (
     BATCH_NORMS,
     batch_norm_affines,
-    conv2d_as,
-    conv2d_few_outputs,
-    conv2d_reflect,
     fold_bias,
     fold_weight,
     is_plain_batch_norm,
     joined_biases,
     memory_format_of,
+    scale_of,
 )
 
 T = TypeVar("T")
-Streams = tuple[Tensor, Tensor]
-ALGORITHM = "norms folded, l2l+g2l merged, 3×3 by Winograd F(4×4) on CPU"
+ALGORITHM = "norms folded, l2l+g2l merged, streams never joined"
 
 # ---- a whole generator ----------------------------------------------------------------------------------------------
 
@@ -170,31 +167,23 @@ def _is_same_conv(conv: Any, pad: tuple[int, ...]) -> bool:
     )
 
 
-_LONG_SUM = 1000
-
-
-def _layout(conv: Any) -> torch.memory_format:
-    """The layout in which torch computes this convolution fast and with the accuracy of the default one (see `ffc`)."""
-    long = conv.in_channels * conv.kernel_size[0] * conv.kernel_size[1] > _LONG_SUM
-    return torch.contiguous_format if long else torch.channels_last
-
-
-def head_layer(layer: Layer, x: Tensor, affines: Affines) -> Tensor:
-    """An FFC of a head: [local | global] as far as there are two streams, from one convolution where one comes in."""
+def head_layer(layer: Layer, x: Tensor | Streams, affines: Affines) -> Tensor | Streams:
+    """An FFC of a head, which has one or two streams in, and one or two out."""
     if layer.to_local is not None:
-        return ffc(layer, x.contiguous(), affines)
-    x, affine = x.contiguous(memory_format=_layout(layer.local)), affines.get(layer.norm_l)
-    weight, bias = fold_weight(layer.local.weight, affine), fold_bias(layer.local.bias, affine)
+        return ffc(layer, cast(Streams, x), affines)
+    image, affine = cast(Tensor, x), affines.get(layer.norm_l)
     if layer.to_wide is None:
-        return activated(layer.act_l, conv2d_as(layer.local, x, weight, bias))
+        bias = fold_bias(layer.local.bias, affine)
+        return convolved(layer.local, image, layer.local.weight, bias, layer.act_l, scale=scale_of(affine))
+    weight, bias = fold_weight(layer.local.weight, affine), fold_bias(layer.local.bias, affine)
     affine = affines.get(layer.norm_g)
     other, other_bias = fold_weight(layer.to_wide.weight, affine), fold_bias(layer.to_wide.bias, affine)
     widths = [layer.local.out_channels, layer.to_wide.out_channels]
-    y = conv2d_as(layer.local, x, torch.cat([weight, other]), joined_biases([bias, other_bias], widths))
-    if isinstance(layer.act_l, nn.ReLU) and isinstance(layer.act_g, nn.ReLU):
-        return y.relu_()
+    alike = isinstance(layer.act_l, nn.ReLU) and isinstance(layer.act_g, nn.ReLU)
+    biases = joined_biases([bias, other_bias], widths)
+    y = convolved(layer.local, image, torch.cat([weight, other]), biases, layer.act_l if alike else None)
     local, wide = y.split(widths, dim=1)
-    return torch.cat([activated(layer.act_l, local), activated(layer.act_g, wide)], dim=1)
+    return (local, wide) if alike else (activated(layer.act_l, local), activated(layer.act_g, wide))
 
 
 def tail_group(group: tuple[Any, ...], y: Tensor, affines: Affines) -> Tensor:
@@ -203,16 +192,20 @@ def tail_group(group: tuple[Any, ...], y: Tensor, affines: Affines) -> Tensor:
     if isinstance(first, nn.ConvTranspose2d):
         norm, act = group[1:]
         affine = affines.get(norm)
-        weight = first.weight if affine is None else first.weight * affine[0].view(1, -1, 1, 1)
-        bias, padding = fold_bias(first.bias, affine), cast("tuple[int, ...]", first.padding)
-        y = F.conv_transpose2d(y, weight, bias, first.stride, padding, first.output_padding, dilation=first.dilation)
-        return activated(act, y)
+        return convolved(first, y, first.weight, fold_bias(first.bias, affine), act, scale=scale_of(affine))
     if len(group) == 2:
-        pad, conv = first.padding[0], group[1]
-        few = conv.out_channels <= 4 and y.shape[-2] % 2 == 0 and y.shape[-1] % 2 == 0
-        how = conv2d_few_outputs if few else F.conv2d
-        return conv2d_reflect(y, conv.weight, conv.bias, stride=1, padding=pad, conv=how)
+        conv = group[1]
+        return convolved(Reflected(conv, first.padding[:2]), y, conv.weight, conv.bias)
     return first(y)  # type: ignore[no-any-return]
+
+
+class Reflected:
+    """The geometry of a convolution without padding after a layer that reflects."""
+
+    padding_mode = "reflect"
+
+    def __init__(self, conv: nn.Conv2d, padding: tuple[int, ...]) -> None:
+        self.stride, self.dilation, self.padding = conv.stride, conv.dilation, padding
 
 
 # ---- adapters -------------------------------------------------------------------------------------------------------
@@ -224,7 +217,7 @@ class GeneratorAdapter:
 
     name = "lama.generator"
     ops: tuple[str, ...] = ("fourier_unit", "fused_conv2d")
-    algorithm = ALGORITHM + "; ends channels-last"
+    algorithm = ALGORITHM + "; channels-last inside"
     deep = True
 
     def match(self, module: nn.Module) -> str | None:
@@ -240,14 +233,14 @@ class GeneratorAdapter:
         y, affines = x, plan.affines()
         for layer in plan.stem:
             y = layer(y)
+        streams: Any = y.contiguous(memory_format=torch.channels_last)
         for part in plan.head:
-            y = head_layer(part, y, affines)
-        y = y.contiguous()
-        if y.dtype == torch.bfloat16:  # a sum over many blocks needs more digits than each of them
-            y = y.float()
+            streams = head_layer(part, streams, affines)
+        if streams[0].dtype == torch.bfloat16:  # a sum over many blocks needs more digits than each of them
+            streams = tuple(stream.float() for stream in streams)
         for block in plan.blocks:
-            y = residual_block(block, y, affines)
-        y = y.contiguous(memory_format=torch.channels_last)
+            streams = residual_block(block, streams, affines)
+        y = torch.cat(streams, dim=1)
         for group in plan.tail:
             y = tail_group(group, y, affines)
         return y.contiguous(memory_format=layout)
@@ -295,8 +288,10 @@ class BlockAdapter:
         block = _read(block_of(module))
         affines = affines_of(*block)
         if isinstance(x, Tensor):
-            return residual_block(block, x.contiguous(), affines).contiguous(memory_format=memory_format_of(x))
-        return _on_streams(lambda joined: residual_block(block, joined, affines), x, block[0].local.in_channels)
+            n = block[0].local.in_channels
+            y = torch.cat(residual_block(block, (x[:, :n], x[:, n:]), affines), dim=1)
+            return y.contiguous(memory_format=memory_format_of(x))
+        return _in_formats(residual_block(block, x, affines), x)
 
     def refuses(self, module: Any, *args: Any) -> Iterator[str]:
         block = block_of(module)
@@ -345,7 +340,7 @@ class FfcAdapter:
 
     def forward(self, module: Any, x: Streams) -> Streams:
         layer = _read(layer_of(module))
-        return _on_streams(lambda joined: ffc(layer, joined, affines_of(layer)), x, layer.local.out_channels)
+        return _in_formats(ffc(layer, x, affines_of(layer)), x)
 
     def refuses(self, module: Any, *args: Any) -> Iterator[str]:
         layer = layer_of(module)
@@ -373,7 +368,8 @@ class SpectralAdapter:
 
     def forward(self, module: Any, x: Tensor) -> Tensor:
         spectral = _read(spectral_of(module))
-        y = F.conv2d(transformed(spectral, x, affines_of(spectral)), spectral.conv2.weight, spectral.conv2.bias)
+        conv2 = spectral.conv2
+        y = convolved(conv2, transformed(spectral, x, affines_of(spectral)), conv2.weight, conv2.bias)
         return y.contiguous(memory_format=memory_format_of(x))
 
     def refuses(self, module: Any, *args: Any) -> Iterator[str]:
@@ -437,12 +433,10 @@ def _read(found: T | str | None) -> T:
     return found
 
 
-def _on_streams(fused: Callable[[Tensor], Tensor], x: Streams, n_local: int) -> Streams:
-    """`fused`, a function of one contiguous tensor, on a pair; the first `n_local` channels of its result are local."""
-    formats = [memory_format_of(t) for t in x]
-    y = fused(torch.cat([t.contiguous() for t in x], dim=1))
-    local, wide = y[:, :n_local], y[:, n_local:]
-    return local.contiguous(memory_format=formats[0]), wide.contiguous(memory_format=formats[1])
+def _in_formats(streams: Streams, like: Streams) -> Streams:
+    """Each stream in the memory format of its counterpart."""
+    local, wide = (t.contiguous(memory_format=memory_format_of(other)) for t, other in zip(streams, like, strict=True))
+    return local, wide
 
 
 def _probe_tensor(name: str, channels: int, size: tuple[int, int]) -> Tensor:

@@ -14,20 +14,36 @@ from torch import Tensor, nn
 
 from inpaintrt.runtime.errors import WeightsError
 
-from . import deepfill_v1, deepfill_v2, lama
+from . import aotgan, deepfill_v1, deepfill_v2, glcic, lama, partialconv_unet
 from .weights_file import ModuleNote, WeightsFile
 
-NETWORKS = {"lama": lama.LaMa, "deepfill_v1": deepfill_v1.DeepFillV1, "deepfill_v2": deepfill_v2.DeepFillV2}
+NETWORKS = {
+    "lama": lama.LaMa,
+    "deepfill_v1": deepfill_v1.DeepFillV1,
+    "deepfill_v2": deepfill_v2.DeepFillV2,
+    "aotgan": aotgan.AOTGAN,
+    "glcic": glcic.GLCIC,
+    "partialconv_unet": partialconv_unet.PConvUNet,
+}
 SHIPPED = {"lama_mini": ("lama", "lama_mini.safetensors")}
-_FAMILIES = {"lama": lama, "deepfill_v1": deepfill_v1, "deepfill_v2": deepfill_v2}
+_FAMILIES = {
+    "lama": lama,
+    "deepfill_v1": deepfill_v1,
+    "deepfill_v2": deepfill_v2,
+    "aotgan": aotgan,
+    "glcic": glcic,
+    "partialconv_unet": partialconv_unet,
+}
 """Modules that know what their weights look like. Each has ANCHORS: keys below the container of layers, one of which is in
 every such file and in no other; NAMES: a pattern that fits the beginning of all keys there; PREFIX: what precedes them in
-our own state dict; FOREIGN, `config_from_state_dict` and `config_from_modules`. See `models.lama`."""
+our own state dict; FOREIGN, `config_from_state_dict` and `config_from_modules`. See `models.lama`. One may have `essential`,
+which leaves out what a file holds but a network needs not."""
 
 _FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 _OTHERS = (
     (r"^(.*\.)?(discriminator\..*|model0\.0\.weight)$", "the discriminator of a GAN"),
     (r"\.ffc_skip\.", "an FcF generator"),
+    (r"(^|\.)head\.\d+\.conv_gate\.gain$", "manga-image-translator's AOT network of gated, standardised convolutions"),
     (r"synthesis\.first_stage\.", "a MAT generator"),
     (r"encoder\.b\d+\.conv1\.conv1\.", "a MI-GAN generator"),
     (r"model\.diffusion_model\.", "a latent diffusion model"),
@@ -38,7 +54,7 @@ _OTHERS = (
 
 
 def create(name: str, **options: Any) -> nn.Module:
-    """The network `name` ("lama", "deepfill_v1", "deepfill_v2") in eval mode with fresh weights; options are its class's.
+    """The network `name`, a key of `NETWORKS`, in eval mode with fresh weights; options are its class's.
 
     Raises: `ValueError` for an unknown name.
     """
@@ -49,8 +65,8 @@ def load(name: str, path: str | os.PathLike[str] | None = None, **options: Any) 
     """The network `name` in eval mode with weights, float32 on the CPU.
 
     Args:
-        name: "lama_mini" (shipped with the package, no path), or a family ("lama", "deepfill_v1", "deepfill_v2") together
-            with `path`.
+        name: "lama_mini" (shipped with the package, no path), or a family, a key of `NETWORKS`, together with
+            `path`.
         path: safetensors, a torch checkpoint of any age (plain or nested state dict, Lightning checkpoint, pickled
             module) or a TorchScript archive. Only tensors are read; no code in the file is imported or run.
         options: as for `build`.
@@ -79,7 +95,7 @@ def build(
     """A reference network with the weights of a state dict, which are copied: eval mode, float32, the state's device.
 
     Args:
-        family: "lama", "deepfill_v1" or "deepfill_v2".
+        family: a key of `NETWORKS`.
         state: tensors by name; whatever precedes the public keys is stripped, and other networks beside it are ignored.
         source: where the weights come from, for messages.
         prefix: which one to take where the state holds several networks of the family, such as "generator_ema".
@@ -102,6 +118,7 @@ def build(
     modules: Mapping[str, ModuleNote] = getattr(state, "modules", {})
     notes = {short: modules[name] for short, name in _below(root, modules, definition).items()}
     try:
+        tensors = getattr(definition, "essential", dict)(tensors)
         config = definition.config_from_state_dict(tensors)
     except KeyError as missing:
         raise WeightsError(f"{source}: not a {family} generator, the key {missing} is missing") from None
