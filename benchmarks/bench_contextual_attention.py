@@ -31,7 +31,9 @@ def features(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
     return F.relu(f) * torch.sigmoid(g)
 
 
-def as_ports_write_it(x: Tensor, mask: Tensor, softmax_scale: float, offsets: bool = False) -> tuple[Tensor, ...]:
+def as_ports_write_it(
+    x: Tensor, mask: Tensor, softmax_scale: float, offsets: bool = False, norm: str = "max"
+) -> tuple[Tensor, ...]:
     """The patches of each sample as filters of a convolution, propagation as two one-channel convolutions of the matrix
     of all scores with the identity, the weights pasted by a transposed convolution; and, if wanted, the best keys."""
     b, c, h, w = x.shape
@@ -44,7 +46,11 @@ def as_ports_write_it(x: Tensor, mask: Tensor, softmax_scale: float, offsets: bo
     identity = torch.eye(3, dtype=x.dtype, device=x.device).view(1, 1, 3, 3)
     results, best = [], []
     for i in range(b):
-        filters = keys[i] / keys[i].square().sum((1, 2, 3), keepdim=True).sqrt().clamp_min(1e-4)
+        squares = keys[i].square()
+        if norm == "max":
+            filters = keys[i] / squares.sum((1, 2, 3), keepdim=True).sqrt().clamp_min(1e-4)
+        else:
+            filters = keys[i] / (squares + 1e-4).sum((1, 2, 3), keepdim=True).sqrt()
         scores = F.conv2d(small[i : i + 1], filters, padding=1).view(1, 1, cells, cells)
         scores = F.conv2d(scores, identity, padding=1).view(1, rows, columns, rows, columns)
         scores = scores.permute(0, 2, 1, 4, 3).reshape(1, 1, cells, cells)
@@ -56,6 +62,19 @@ def as_ports_write_it(x: Tensor, mask: Tensor, softmax_scale: float, offsets: bo
         if offsets:
             best.append(weights.argmax(dim=1))
     return (torch.cat(results), torch.cat(best)) if offsets else (torch.cat(results),)
+
+
+def ported(
+    foreground: Tensor, background: Tensor, mask: Tensor | None, softmax_scale: float, norm: str, **options: object
+) -> Tensor:
+    """The op in that form, given all of its arguments, for networks that are to do without ops of ours."""
+    known = {"patch_size": 3, "stride": 1, "rate": 2, "fuse_size": 3, "sampling": "stride", "eps": 1e-4, "mask_mode": "zero",
+             "divisor": "const4", "queries": None}  # fmt: skip
+    if other := {name: value for name, value in options.items() if value != known[name]}:
+        raise NotImplementedError(f"the ports' attention is written here without {other}")
+    if mask is None:
+        mask = foreground.new_zeros(1, 1, foreground.shape[2] // 2, foreground.shape[3] // 2)
+    return as_ports_write_it(foreground, mask.to(foreground.dtype), softmax_scale, norm=norm)[0]
 
 
 def example(sample: str, smoke: bool) -> tuple[Tensor, Tensor]:

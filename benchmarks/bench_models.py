@@ -1,9 +1,10 @@
-"""Whole networks: the untouched model, torch.compile of it with its weights frozen, and the accelerated one."""
+"""Whole networks: the untouched model, other engines that run it (`peers.py`), and the accelerated one."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -13,12 +14,30 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import inpaintrt
 from inpaintrt import models
-from inpaintrt.runtime.spec import Cost
+from inpaintrt.models.loading import NETWORKS
+from inpaintrt.runtime.spec import Cost, as_outputs
 from inpaintrt.testing import recipe
 from inpaintrt.testing.compare import flat_tensors
 from inpaintrt.testing.memory import in_fresh_process
 
 SMOKE = (128, 128)
+BF16 = 0.1
+"""Relative RMS from float32 allowed to whole networks in bfloat16: with these weights big-lama is at 0.04 in any engine."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """A network and what it is measured on.
+
+    make: the network. size: height and width. rounds: None = what the time budget allows. group: of geometric means.
+    tolerance: relative RMS allowed to ours in float32.
+    """
+
+    make: Callable[[], nn.Module]
+    size: tuple[int, int]
+    rounds: int | None = 4
+    group: str = ""
+    tolerance: float = 2e-5
 
 
 def lama_mini() -> nn.Module:
@@ -30,37 +49,46 @@ def big_lama() -> nn.Module:
     return recipe.fill(models.create("lama", n_blocks=18, base_width=64))
 
 
-def deepfill_v1() -> nn.Module:
-    return recipe.fill(models.create("deepfill_v1"))
+def with_recipe_weights(name: str) -> Callable[[], nn.Module]:
+    def make() -> nn.Module:
+        if name not in NETWORKS:
+            pytest.skip(f"not run: this version has no network {name}")
+        return recipe.fill(models.create(name))
+
+    return make
 
 
-def deepfill_v2() -> nn.Module:
-    return recipe.fill(models.create("deepfill_v2"))
-
-
-# name: (how to make it, height and width, rounds; None = as many as the time budget allows)
-CASES = {
-    "lama_mini": (lama_mini, (400, 600), None),
-    "big_lama": (big_lama, (512, 512), 4),
-    "big_lama_crop": (big_lama, (456, 560), 4),  # what an editor cuts around a hole: 57×70 at the bottleneck
-    "deepfill_v1": (deepfill_v1, (512, 512), 4),
-    "deepfill_v2": (deepfill_v2, (512, 512), 4),
+BIG_LAMA = {
+    "big_lama": Case(big_lama, (512, 512), group="big_lama"),
+    "big_lama_256": Case(big_lama, (256, 256), group="big_lama"),
+    "big_lama_1024": Case(big_lama, (1024, 1024), rounds=2, group="big_lama"),
+    "big_lama_crop": Case(big_lama, (456, 560), group="big_lama"),  # around a hole: 57×70 at the bottleneck
 }
+CASES = {"lama_mini": Case(lama_mini, (400, 600), rounds=None)} | BIG_LAMA
+CASES |= {
+    name: Case(with_recipe_weights(name), (512, 512), group=name)
+    for name in ("deepfill_v1", "deepfill_v2", "glcic", "partialconv_unet")
+}
+# Its gates are normalised over the image, which amplifies rounding: torch's own channels-last result is 4e-5 away.
+CASES["aotgan"] = Case(with_recipe_weights("aotgan"), (512, 512), group="aotgan", tolerance=1e-4)
 
 
-def masked_photo(model: Any, height: int, width: int) -> Tensor:
-    """What the model takes: an image with a rectangular hole, and the mask (1 = hole)."""
+def masked_photo(model: Any, height: int, width: int) -> tuple[Tensor, ...]:
+    """What the model takes: an image with a rectangular hole, and the mask (1 = hole), in one tensor or in several."""
     image = recipe.image("photo", 1, 3, height, width)
     mask = torch.zeros(1, 1, height, width)
     mask[..., height // 4 : height // 2, width // 3 : 2 * width // 3] = 1
-    return model.network_input(image, mask)
+    if hasattr(model, "network_input"):
+        return as_outputs(model.network_input(image, mask))
+    # Networks of partial convolutions take the image and a mask of what is valid, with all channels, as ports do.
+    return image * (1 - mask), (1 - mask).repeat(1, 3, 1, 1)
 
 
-def cost(model: nn.Module, x: Tensor) -> Cost:
+def cost(model: nn.Module, inputs: tuple[Tensor, ...]) -> Cost:
     """Flops of the convolutions as written (Winograd transforms need fewer); bytes of weights, input and output."""
     with FlopCounterMode(display=False) as counter:
-        outputs = flat_tensors(model(x))
-    moved = sum(t.nbytes for t in (*model.parameters(), x, *outputs))
+        outputs = flat_tensors(model(*inputs))
+    moved = sum(t.nbytes for t in (*model.parameters(), *inputs, *outputs))
     return Cost(counter.get_total_flops(), moved)
 
 
@@ -70,18 +98,89 @@ def plain(call: Callable[[], Any]) -> Any:
         return call()
 
 
+def once(versus: Any, name: str) -> Case:
+    """The case; in a smoke run, where all sizes are one, only the first of a network."""
+    case = CASES[name]
+    first = next(n for n, other in CASES.items() if other.make is case.make)
+    if versus.smoke and name != first:
+        versus.skip_timing()
+        pytest.skip(f"a smoke run of {name} is that of {first}")
+    return case
+
+
 @pytest.mark.parametrize("name", CASES)
 @torch.no_grad()
-def test_model(versus, device, name):
-    make, size, rounds = CASES[name]
-    original = make().eval().to(device)
+def test_model(versus, device, baselines, peers, wanted_peers, ported, name):
+    case = once(versus, name)
+    original = case.make().eval().to(device)
     accelerated = inpaintrt.accelerate(copy.deepcopy(original))
-    x = masked_photo(original, *(SMOKE if versus.smoke else size)).to(device)
-    candidates = {"eager": lambda: plain(lambda: original(x)), "inpaintrt": lambda: accelerated(x)}
-    if not versus.smoke:
-        compiled = versus.compiled(original, x, freezing=device.type == "cpu")
-        candidates["compile"] = lambda: plain(compiled)
-    versus(candidates, cost=cost(original, x), rounds=rounds, device=device, shape=x.shape, model=name)
+    inputs = tuple(t.to(device) for t in masked_photo(original, *(SMOKE if versus.smoke else case.size)))
+    candidates = {"eager": lambda: plain(lambda: original(*inputs)), "inpaintrt": lambda: accelerated(*inputs)}
+    eager = ["eager"]
+    if name == "partialconv_unet":  # our reference sums masks in one plane, which no port does
+        as_ported = baselines.with_mask_convolutions(original)
+        eager = ["eager as ported"]
+        candidates["eager as ported"] = lambda: [output[:, :3] for output in as_ported(*inputs)]
+    builders = {"compile": lambda network, given: versus.compiled(network, *given, freezing=device.type == "cpu")}
+    if device.type == "cpu":
+        builders |= peers.PEERS
+    others = other_engines(versus, peers, wanted_peers, builders, original, inputs, ported=ported)
+    versus(
+        candidates | others.candidates,
+        tolerances=dict.fromkeys(others.candidates, peers.SAME_NUMBERS) | {"inpaintrt": case.tolerance},
+        cost=cost(original, inputs), rounds=case.rounds, device=device, shape=inputs[0].shape, model=name, notes=others.notes,
+        group=f"{case.group} fp32", means=compared(case, eager, [*others.candidates]),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BIG_LAMA)
+@torch.no_grad()
+def test_bf16(versus, device, peers, wanted_peers, ported, name):
+    """Convolutions in bfloat16, against what else runs so, and against ourselves in float32."""
+    case = once(versus, name)
+    original = case.make().eval().to(device)
+    (x,) = (t.to(device) for t in masked_photo(original, *(SMOKE if versus.smoke else case.size)))
+    in_float32 = inpaintrt.accelerate(copy.deepcopy(original))
+    in_bf16 = inpaintrt.accelerate(copy.deepcopy(original), precision="bf16")
+
+    def autocast() -> Tensor:
+        with torch.autocast(device.type, torch.bfloat16):
+            return original(x).float()
+
+    candidates = {
+        "eager": lambda: original(x),
+        "eager autocast": autocast,
+        "inpaintrt fp32": lambda: in_float32(x),
+        "inpaintrt": lambda: in_bf16(x).float(),
+    }
+    builders = peers.PEERS_BF16 if device.type == "cpu" else {}
+    others = other_engines(versus, peers, wanted_peers, builders, original, (x,), ported=ported, tolerance=BF16)
+    versus(
+        candidates | others.candidates,
+        tolerances=dict.fromkeys(("eager autocast", "inpaintrt", *others.candidates), BF16),
+        cost=cost(original, (x,)), rounds=case.rounds, device=device, dtype=torch.bfloat16, shape=x.shape, model=name,
+        notes=others.notes, group=f"{case.group} bf16",
+        means={form: [form] for form in ("inpaintrt fp32", "eager", "eager autocast", *others.candidates)},
+    )  # fmt: skip
+
+
+def other_engines(versus, peers, wanted, builders, network, inputs, **options):
+    """The peers that are asked for and can run the network; none in a smoke run."""
+    wanted_builders = {} if versus.smoke else {name: build for name, build in builders.items() if wanted(name)}
+    if not wanted_builders:
+        return peers.Found()
+    expected = plain(lambda: network(*inputs))
+    found = peers.prepare(wanted_builders, network, inputs, expected, **options)
+    versus.setup_seconds.update(found.seconds)
+    return found
+
+
+def compared(case: Case, eager: list[str], others: list[str]) -> dict[str, list[str]]:
+    """What to take geometric means of: eager, the fastest peer, and each peer where a network has several sizes."""
+    if not case.group:
+        return {}
+    means = {"eager": eager} | ({"the fastest peer": others} if others else {})
+    return means | ({name: [name] for name in others} if case.group == "big_lama" else {})
 
 
 def steady(name: str, accelerated: bool, height: int, width: int):
@@ -116,7 +215,7 @@ def test_own_process(versus, name):
     In one process the candidates share the allocator's heap: what `accelerate`'s probe frees there spares the eager
     model the page faults of its large intermediates, which a program without inpaintrt pays on every call.
     """
-    size = SMOKE if versus.smoke else CASES[name][1]
+    size = SMOKE if versus.smoke else CASES[name].size
     if versus.smoke:
         in_fresh_process(steady, "lama_mini", True, *size)
         versus.skip_timing()

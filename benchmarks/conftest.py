@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+import functools
+import importlib.metadata
 import importlib.util
 import math
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -46,6 +49,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("inpaintrt")
     group.addoption("--irt-save", action="store_true", help="write benchmarks/results/<machine>/<date>-<commit>.json")
     group.addoption("--irt-device", default="cpu", help="device of ops and models: cpu (default), cuda, cuda:1, ...")
+    group.addoption(
+        "--irt-peers",
+        default="all",
+        help="other engines to run models with: all (default), none, or names such as openvino,torchscript,compile",
+    )
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -70,7 +78,8 @@ def result_path() -> Path:
 
 def pytest_benchmark_generate_machine_info() -> dict[str, Any]:
     """In place of the plugin's own, which names the host."""
-    return machine.identity()
+    found = {name: _version(name) for name in ("onnxruntime", "openvino")}
+    return machine.identity() | {"peers": {name: version for name, version in found.items() if version}}
 
 
 def pytest_benchmark_update_json(output_json: dict[str, Any]) -> None:
@@ -85,6 +94,8 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         report = _sibling("report")
         terminalreporter.section("inpaintrt")
         terminalreporter.write_line(str(report.table(rows, report.title(machine.identity()))))
+        if means := report.means(rows):
+            terminalreporter.write_line(f"\n{means}")
 
 
 @pytest.fixture(scope="session")
@@ -94,6 +105,36 @@ def device(request: pytest.FixtureRequest) -> torch.device:
     if found.type == "cuda" and not torch.cuda.is_available():
         pytest.skip("not run: torch finds no CUDA device")
     return found
+
+
+@pytest.fixture(scope="session")
+def baselines() -> ModuleType:
+    """Layers as public networks write them: `baselines.py`."""
+    return _sibling("baselines")
+
+
+@pytest.fixture(scope="session")
+def peers() -> ModuleType:
+    """Other engines: `peers.py`."""
+    return _sibling("peers")
+
+
+@pytest.fixture(scope="session")
+def wanted_peers(request: pytest.FixtureRequest, peers: ModuleType) -> Callable[[str], bool]:
+    """Whether --irt-peers asks for a peer."""
+    names = request.config.getoption("irt_peers").split(",")
+    known = ["compile", *peers.PEERS, *peers.PEERS_BF16]
+    if names not in (["all"], ["none"]) and (unknown := set(names) - set(known)):
+        raise pytest.UsageError(
+            f"--irt-peers has {', '.join(sorted(unknown))}; accepted: all, none, {', '.join(known)}"
+        )
+    return lambda name: names == ["all"] or name in names
+
+
+@pytest.fixture(scope="session")
+def ported() -> dict[str, Callable[..., Any]]:
+    """By op name: how public networks compute what our reference networks call an op of ours for (see `peers.py`)."""
+    return {"contextual_attention": _sibling("bench_contextual_attention").ported}
 
 
 @pytest.fixture
@@ -122,7 +163,8 @@ class Versus:
         self._replay = replay
         self._benchmark = benchmark
         self._rows = rows
-        self._compile_seconds: dict[str, float] = {}
+        self.setup_seconds: dict[str, float] = {}
+        """Seconds that a candidate took to get ready, by name."""
         self.smoke: bool = benchmark.disabled
         """--benchmark-disable: everything runs once, nothing is timed or compiled."""
 
@@ -135,6 +177,7 @@ class Versus:
         cost: Cost | None = None,
         truth: Candidate | None = None,
         check: bool = True,
+        tolerances: Mapping[str, float] | None = None,
         rounds: int | None = None,
         device: torch.device | None = None,
         dtype: torch.dtype = torch.float32,
@@ -150,6 +193,7 @@ class Versus:
             cost: of one call, for % of floor.
             truth: the result in float64. Without it candidates are compared with the baseline's float32 result.
             check: False where results mean nothing (cost of an empty call).
+            tolerances: relative RMS by candidate, where there is no truth and it is not END_TO_END.
             rounds: of four calls per pair of candidates; None = what BUDGET allows.
             device, dtype, shape, info: of the case, for the table and the result file.
         """
@@ -161,7 +205,7 @@ class Versus:
             if name == subject:
                 ran = _counts(heard)
         if check:
-            self._check(results, ours, baseline, subject, truth)
+            self._check(results, ours, baseline, subject, truth, tolerances or {})
         del results
         if self.smoke:
             self.skip_timing()
@@ -202,7 +246,7 @@ class Versus:
             },
             floor_seconds=floor,
             of_floor=None if floor is None else floor / p50,
-            compile_seconds=self._compile_seconds,
+            compile_seconds=self.setup_seconds,
             notes=list(notes),
             **info,
         )
@@ -229,7 +273,7 @@ class Versus:
         start = time.perf_counter()
         with inductor.patch(freezing=freezing):
             fast(*args)
-        self._compile_seconds[name] = time.perf_counter() - start
+        self.setup_seconds[name] = time.perf_counter() - start
         return lambda: fast(*args)
 
     def _check(
@@ -239,6 +283,7 @@ class Versus:
         baseline: str,
         subject: str,
         truth: Candidate | None,
+        tolerances: Mapping[str, float],
     ) -> None:
         expected = as_outputs(results[baseline])
         exact = None if truth is None else as_outputs(truth())
@@ -248,7 +293,9 @@ class Versus:
             for i, actual in enumerate(as_outputs(result)):
                 if exact is None:
                     error = _relative_rms(actual, expected[i])
-                    assert error <= END_TO_END, f"{name} differs from {baseline} by {error:.2g} (relative RMS)"
+                    assert error <= tolerances.get(name, END_TO_END), (
+                        f"{name} differs from {baseline} by {error:.2g} (relative RMS)"
+                    )
                 else:
                     numerics = ours[name] if name.startswith(subject) else Numerics(SAME_THING, SAME_THING)
                     verdict = close_to_truth(actual, exact[i], expected[i], numerics=numerics)
@@ -258,6 +305,13 @@ class Versus:
 def _affordable(candidates: Mapping[str, Candidate], device: torch.device | None) -> int:
     once = interleave(candidates, rounds=1, warmup=0, device=device)
     return max(MIN_ROUNDS, min(MAX_ROUNDS, math.floor(BUDGET / sum(map(sum, once.values())))))
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def _counts(heard: Sequence[dispatch.Launch]) -> dict[str, dict[str, int]]:
@@ -274,11 +328,13 @@ def _relative_rms(actual: Tensor, expected: Tensor) -> float:
     return float((a - b).square().mean().sqrt() / b.square().mean().sqrt())
 
 
+@functools.cache
 def _sibling(name: str) -> ModuleType:
     """A module of this folder, which is no package and not on the import path."""
     spec = importlib.util.spec_from_file_location(f"inpaintrt_benchmarks_{name}", HERE / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up there
     spec.loader.exec_module(module)
     return module

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import statistics
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -29,13 +30,43 @@ COLUMNS = (
 
 def table(benchmarks: Iterable[Mapping[str, Any]], title: str) -> Report:
     """A row per benchmark and baseline, from the entries of a result file (each with `name` and `extra_info`)."""
-    rows, notes = [], []
+    rows: list[dict[str, Any]] = []
+    notes: dict[str, list[str]] = {}
     for benchmark in benchmarks:
         name, info = benchmark["name"].removeprefix("test_"), benchmark["extra_info"]
         rows += _rows(name, info)
-        notes += [f"{name}: {note}" for note in info["notes"]]
+        for note in info["notes"]:
+            notes.setdefault(note, []).append(name)
     used = tuple(c for c in COLUMNS if any(row.get(c) not in (None, "") for row in rows))
-    return Report(title, used, tuple(rows), notes=tuple(notes))
+    return Report(title, used, tuple(rows), notes=tuple(f"{', '.join(names)}: {note}" for note, names in notes.items()))
+
+
+def means(benchmarks: Iterable[Mapping[str, Any]]) -> Report | None:
+    """Geometric means of the ratios over the cases of a group; None where no case belongs to one.
+
+    A case says so by `group`, the group's name; `means`: {what ours is compared with: the candidates that are forms of it},
+    of which the fastest counts; and, where it has more than the subject, `ours`: the forms of ours, of which the fastest
+    counts too.
+    """
+    found: dict[tuple[str, str], dict[str, float]] = {}
+    for benchmark in benchmarks:
+        name, info = benchmark["name"].removeprefix("test_"), benchmark["extra_info"]
+        ratios = {info["subject"]: 1.0} | {other: ratio["median"] for other, ratio in info["ratios"].items()}
+        ours = min(ratios[form] for form in info.get("ours", [info["subject"]]))
+        for against, forms in info.get("means", {}).items():
+            if present := [ratios[form] for form in forms if form in ratios]:
+                found.setdefault((info["group"], against), {})[name] = min(present) / ours
+    rows = [
+        {
+            "group": group,
+            "against": against,
+            "cases": len(of_case),
+            "geometric mean": f"{statistics.geometric_mean(of_case.values()):.2f}x",
+            "least": f"{min(of_case.values()):.2f}x ({min(of_case, key=of_case.__getitem__)})",
+        }
+        for (group, against), of_case in found.items()
+    ]
+    return Report("Geometric means", tuple(rows[0]), tuple(rows)) if rows else None
 
 
 def title(machine: Mapping[str, Any], *more: str) -> str:
@@ -84,6 +115,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         commit = found["commit_info"]
         made = f"commit {commit['id'][:8]}{' with changes' if commit['dirty'] else ''}, {found['datetime'][:10]}"
         print(table(found["benchmarks"], title(found["machine_info"], made)).to_markdown(), end="\n\n")
+        if summary := means(found["benchmarks"]):
+            print(summary.to_markdown(), end="\n\n")
 
 
 if __name__ == "__main__":
