@@ -1,6 +1,6 @@
-// The part of the DLPack C exchange protocol that reads a tensor without owning it: torch publishes the table as
-// `torch.Tensor.__dlpack_c_exchange_api__` (torch 2.11 on). Declared here from the published ABI, so that the library
-// needs no torch headers and one build serves every torch.
+// The part of the DLPack C exchange protocol that reads a tensor without owning it, which torch publishes as a table,
+// `torch.Tensor.__dlpack_c_exchange_api__` (torch 2.11 on); and what hands memory over to torch. Declared here from the
+// published ABI, so that the library needs no torch headers and one build serves every torch.
 #pragma once
 
 #include <cstdint>
@@ -34,7 +34,14 @@ struct ExchangeApi {
   int (*current_stream)(int32_t device_type, int32_t device, void** stream);
 };
 
+struct ManagedTensor {  // in a capsule called kManaged, until somebody takes it
+  Tensor tensor;
+  void* context;
+  void (*deleter)(ManagedTensor*);
+};
+
 constexpr uint32_t kMajor = 1;
+constexpr const char* kManaged = "dltensor";
 constexpr const char* kCapsule = "dlpack_exchange_api";
 
 }  // namespace irt::dlpack

@@ -298,6 +298,40 @@ py::object cuda_kernel(const char* name) {
   return plan ? py::cast(CudaKernel{plan, launch}) : py::none();
 }
 
+// A block of the arena as a DLPack capsule of bytes, which goes back to the arena when its last tensor is gone.
+struct ArenaTensor {
+  irt::dlpack::ManagedTensor managed{};
+  int64_t bytes, size;
+
+  explicit ArenaTensor(int64_t wanted) : bytes(wanted), size(wanted) {
+    managed.tensor.data = irt_arena_take(&bytes);
+    managed.tensor.device = {irt::dlpack::kCpu, 0};
+    managed.tensor.ndim = 1;
+    managed.tensor.dtype = {1, 8, 1};  // uint8
+    managed.tensor.shape = &size;
+    managed.context = this;
+    managed.deleter = [](irt::dlpack::ManagedTensor* self) { delete static_cast<ArenaTensor*>(self->context); };
+  }
+  ~ArenaTensor() { irt_arena_give(managed.tensor.data, bytes); }
+  ArenaTensor(const ArenaTensor&) = delete;
+  ArenaTensor& operator=(const ArenaTensor&) = delete;
+};
+
+py::capsule arena_tensor(int64_t bytes) {
+  auto* made = new ArenaTensor(bytes);
+  if (!made->managed.tensor.data) {
+    delete made;
+    PyErr_NoMemory();
+    throw py::error_already_set();
+  }
+  return py::capsule(&made->managed, irt::dlpack::kManaged, [](PyObject* capsule) {
+    // Whoever took it has renamed the capsule.
+    if (!PyCapsule_IsValid(capsule, irt::dlpack::kManaged)) return;
+    auto* managed = static_cast<irt::dlpack::ManagedTensor*>(PyCapsule_GetPointer(capsule, irt::dlpack::kManaged));
+    managed->deleter(managed);
+  });
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -334,6 +368,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("arena_peak_bytes", &irt_arena_peak_bytes);
   m.def("arena_set_limit", &irt_arena_set_limit);
   m.def("empty_cache", &irt_empty_cache);
+  m.def("arena_tensor", &arena_tensor, py::arg("bytes"));
   m.def("build_info", [] {
     py::dict info;
     info["version"] = INPAINTRT_VERSION;

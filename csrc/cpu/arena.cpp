@@ -119,6 +119,16 @@ void irt_arena_set_limit(int64_t bytes) {
   irt::arena().limit = static_cast<size_t>(std::max<int64_t>(bytes, 0));
   irt::arena().drop_above(irt::arena().limit);
 }
+void* irt_arena_take(int64_t* bytes) {
+  if (*bytes < 0) return nullptr;
+  size_t size = static_cast<size_t>(*bytes);
+  void* const block = irt::arena().take(size);
+  if (block) *bytes = static_cast<int64_t>(size);
+  return block;
+}
+void irt_arena_give(void* block, int64_t bytes) {
+  if (block) irt::arena().give(block, static_cast<size_t>(bytes));
+}
 void irt_empty_cache(void) {
   const std::lock_guard<std::mutex> lock(irt::arena().mutex);
   irt::arena().drop_above(0);

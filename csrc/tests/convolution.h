@@ -183,7 +183,7 @@ class Convolution {
 
   // The op's arguments in schema order, to be changed by who tests refusals.
   struct Arguments {
-    irt_view views[9], outs[2];
+    irt_view views[9]{}, outs[2]{};
     std::vector<irt_value> values;  // and one that no op has
 
     explicit Arguments(const Convolution& c) {

@@ -267,7 +267,8 @@ void strides_that_mean_nothing() {
               for (int d = 0; d < v.ndim; ++d) v.strides[d] = v.sizes[d] == 1 ? stride : v.strides[d];
             };
             for (irt_view& v : subject.a.views) garble(v);
-            garble(subject.a.outs[0]), garble(subject.a.outs[1]);
+            garble(subject.a.outs[0]);
+            if (op == Op::partial) garble(subject.a.outs[1]);  // the others have one output
             const irt_status status = subject.answer("strides");
             CHECK(status.code == IRT_OK, "%s: %s", s.text().c_str(), status.message);
             check_result(subject.convolution, subject.convolution.truth(false), kDirectUnits, "strides");

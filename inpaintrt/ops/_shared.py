@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
+import torch.utils.dlpack
 from torch import Tensor
+from torch.nn import Parameter
+
+from inpaintrt.runtime import native
 
 ACTIVATIONS = ("none", "relu", "leaky_relu", "elu", "silu", "sigmoid", "tanh")
 PADDING_MODES = ("zeros", "reflect", "replicate")
@@ -41,6 +46,24 @@ def memory_format(x: Tensor) -> torch.memory_format:
     if not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last):
         return torch.channels_last
     return torch.contiguous_format
+
+
+LARGE = 24 << 20
+"""Bytes from which fresh memory costs more than it takes to fill it: the C library maps it anew for each tensor."""
+
+
+def empty_output(shape: Sequence[int], x: Tensor) -> Tensor:
+    """An op's output of this shape, in dtype, device and memory format of x; large ones in memory that was used before.
+
+    Such a tensor owns its storage as any other does; it cannot be resized.
+    """
+    layout = memory_format(x)
+    size = math.prod(shape) * x.element_size()
+    if size < LARGE or type(x) not in (Tensor, Parameter) or x.device.type != "cpu" or native.missing():
+        return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=layout)
+    block = torch.utils.dlpack.from_dlpack(native.library().arena_tensor(size))
+    strides = torch.empty(shape, device="meta", memory_format=layout).stride()
+    return torch.empty(0, dtype=x.dtype).set_(block.untyped_storage(), 0, shape, strides)  # type: ignore[call-overload]
 
 
 def pad_sides(

@@ -20,7 +20,7 @@ from torch import Tensor
 from inpaintrt.runtime.library import register
 from inpaintrt.runtime.spec import Cost, Lane, OpSpec, Outputs, Sample
 
-from ._shared import memory_format
+from ._shared import empty_output
 
 
 def _reference(x: Tensor, fuse: Tensor, gate: Tensor, *, eps: float = 1e-9) -> Tensor:
@@ -44,7 +44,7 @@ def _out(x: Tensor, fuse: Tensor, gate: Tensor, eps: float) -> Outputs:
             )
     if not eps >= 0:
         raise ValueError(f"eps is {eps}; accepted: 0 or more")
-    return (torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=memory_format(x)),)
+    return (empty_output(x.shape, x),)
 
 
 def _samples(level: str) -> Iterator[Sample]:

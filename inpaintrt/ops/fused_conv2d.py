@@ -22,7 +22,7 @@ from inpaintrt.testing.compare import DIRECT, Numerics
 
 from ._convolution import NO_PADDING, check_alike, check_operands, check_shape, convolve, output_size, single
 from ._engine import cpu_numerics, cpu_refuses
-from ._shared import activate, check_activation, memory_format, pad_sides
+from ._shared import activate, check_activation, empty_output, pad_sides
 
 
 def _reference(
@@ -130,7 +130,7 @@ def _out(
     check_shape("residual", residual, shape)
     check_alike(x, weight=weight, bias=bias, scale=scale, shift=shift, mask=mask, residual=residual)
     check_alike(x, second=second)
-    return (torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=memory_format(x)),)
+    return (empty_output(shape, x),)
 
 
 def _cpu_refuses(

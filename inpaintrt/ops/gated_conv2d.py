@@ -20,7 +20,7 @@ from inpaintrt.runtime.spec import Cost, Lane, OpSpec, Outputs, Sample
 
 from ._convolution import NO_PADDING, check_alike, check_operands, check_shape, convolve, output_size, single
 from ._engine import cpu_numerics, cpu_refuses
-from ._shared import activate, check_activation, memory_format, pad_sides
+from ._shared import activate, check_activation, empty_output, pad_sides
 
 
 def _reference(
@@ -65,7 +65,7 @@ def _out(
     check_alike(x, weight=weight, bias=bias)
     size = output_size(x.shape[2:], weight.shape[2:], stride, padding, dilation, padding_mode)
     shape = (x.shape[0], outputs // 2, *size)
-    return (torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=memory_format(x)),)
+    return (empty_output(shape, x),)
 
 
 def _cpu_refuses(

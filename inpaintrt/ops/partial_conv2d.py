@@ -21,7 +21,7 @@ from inpaintrt.runtime.spec import Cost, Lane, OpSpec, Outputs, Sample
 
 from ._convolution import NO_PADDING, check_alike, check_operands, check_shape, convolve, output_size, single
 from ._engine import cpu_numerics, cpu_refuses
-from ._shared import memory_format, pad_sides
+from ._shared import empty_output, pad_sides
 
 SCALES = ("window", "one")
 
@@ -74,7 +74,7 @@ def _out(
     check_alike(x, mask=mask, weight=weight, bias=bias)
     size = output_size((h, w), weight.shape[2:], stride, padding, dilation)
     return (
-        torch.empty((b, weight.shape[0], *size), dtype=x.dtype, device=x.device, memory_format=memory_format(x)),
+        empty_output((b, weight.shape[0], *size), x),
         torch.empty((b, 1, *size), dtype=x.dtype, device=x.device),
     )
 
