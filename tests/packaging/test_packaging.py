@@ -180,6 +180,7 @@ def test_import_is_cheap_and_touches_nothing(native_wheel, clean, tmp_path):
     """DESIGN's budget: under 150 ms beyond torch's own import; no CUDA, no files written."""
     python, site = clean
     _unpack(native_wheel, site)
+    _run(python, "-m", "compileall", "-q", str(site / "inpaintrt"))  # as pip does
     code = (
         "import time, torch; s = time.perf_counter(); import inpaintrt; inpaintrt.accelerate; inpaintrt.ops;"
         "print(time.perf_counter() - s, torch.cuda.is_initialized())"
