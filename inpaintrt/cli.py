@@ -338,13 +338,13 @@ def _reported(args: argparse.Namespace, ask: Callable[..., Report]) -> int:
     model = _load(args.model, args.weights)
     example = _example(model, args.size)
     irt.accelerate(model, backend=args.backend)
-    report = ask(model, example)
+    report = ask(model, *example)
     print(report.to_json() if args.json else report.to_markdown() if args.markdown else report)
     return 0 if report.ok else 1
 
 
-def _example(model: nn.Module, size: tuple[int, int]) -> torch.Tensor:
-    """The demo photo at `size`, as the model's forward takes it."""
+def _example(model: nn.Module, size: tuple[int, int]) -> tuple[torch.Tensor, ...]:
+    """The demo photo at `size`, as the arguments of the model's forward."""
     from .demo import example
 
     net: Any = model
@@ -352,7 +352,8 @@ def _example(model: nn.Module, size: tuple[int, int]) -> torch.Tensor:
         accepted = f"both sides must be multiples of {net.size_multiple} and at least {net.min_size}"
         raise UsageError(f"--size {size[0]}x{size[1]}: {accepted}")
     x = example(*size)
-    return net.network_input(x[:, :3], x[:, 3:])
+    found = net.network_input(x[:, :3], x[:, 3:])
+    return found if isinstance(found, tuple) else (found,)
 
 
 def _bench(args: argparse.Namespace) -> int:
@@ -362,7 +363,7 @@ def _bench(args: argparse.Namespace) -> int:
         report = bench.op(args.what, backend=args.backend, rounds=args.rounds)
     else:
         model = _load(args.what)
-        example = _example(model, args.size)
+        (example,) = _example(model, args.size)  # a name or a file without weights of its own is a LaMa
         report = bench.model(model, example, name=args.what, backend=args.backend, rounds=args.rounds)
     print(report)
     if args.json:
@@ -376,6 +377,6 @@ def _tune(args: argparse.Namespace) -> int:
     model = _load(args.model, args.weights)
     example = _example(model, args.size)
     irt.accelerate(model, backend="cpu")
-    report = tuner.tune(model, example, rounds=args.rounds, save=not args.dry_run, progress=say)
+    report = tuner.tune(model, *example, rounds=args.rounds, save=not args.dry_run, progress=say)
     print(report)
     return 0 if report.ok else 1

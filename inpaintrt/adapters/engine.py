@@ -106,6 +106,8 @@ def _kernel_dtype(conv: Any, x: Parts) -> torch.dtype | None:
     first = x if isinstance(x, Tensor) else x[0]
     if first.device.type != "cpu" or conv.padding_mode not in PADDING_MODES:
         return None
+    if not torch.compiler.is_compiling() and native.missing():  # the op would be torch's convolution and a copy
+        return None
     if not torch.is_autocast_enabled("cpu"):
         return torch.float32 if first.dtype == torch.float32 else None
     if torch.get_autocast_dtype("cpu") != torch.bfloat16 or first.dtype == torch.float64:

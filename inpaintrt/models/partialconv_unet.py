@@ -137,11 +137,19 @@ class PConvUNet(nn.Module):
 
         Raises: as `forward`.
         """
-        mean, std = (image.new_tensor(v).view(1, 3, 1, 1) for v in (self.options.mean, self.options.std))
+        mean, std = self._mean_and_std(image)
+        filled = self(*self.network_input(image, mask))[0] * std + mean
+        return torch.where(mask != 0, filled.clamp(0, 1), image)
+
+    def network_input(self, image: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        """The arguments of `forward`, from an image (B, 3, H, W) in [0, 1] and a mask (B, 1, H, W), **1 = hole**."""
+        mean, std = self._mean_and_std(image)
         hole = mask != 0
-        known = torch.where(hole, 0.0, (image - mean) / std)
-        filled = self(known, (~hole).to(image.dtype))[0] * std + mean
-        return torch.where(hole, filled.clamp(0, 1), image)
+        return torch.where(hole, 0.0, (image - mean) / std), (~hole).to(image.dtype)
+
+    def _mean_and_std(self, image: Tensor) -> tuple[Tensor, Tensor]:
+        mean, std = (image.new_tensor(v).view(1, 3, 1, 1) for v in (self.options.mean, self.options.std))
+        return mean, std
 
     def _check(self, x: Tensor, mask: Tensor) -> None:
         if x.dim() != 4 or x.shape[1] != 3:
