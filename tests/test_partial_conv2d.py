@@ -10,6 +10,7 @@ from inpaintrt import ops, use_backend
 from inpaintrt.runtime import dispatch
 from inpaintrt.runtime.errors import UnsupportedError
 from inpaintrt.testing import assert_close_to_truth
+from inpaintrt.testing.compare import WINOGRAD
 
 
 def _nvidias(x, mask, weight, bias, eps=1e-8, **geometry):
@@ -69,6 +70,22 @@ def test_windows_without_valid_pixels_give_zero(backend):
         assert bool((updated[:, :, :19] == 0).all())
         assert bool((got[:, :, 20:] != 0).any())
         assert bool(got.isfinite().all())
+
+
+@pytest.mark.parametrize(("c", "outputs", "size"), [(64, 64, 64), (150, 40, 20), (192, 64, 64), (512, 128, 32)])
+@pytest.mark.parametrize("share", [0.6, 0.99])
+def test_sparse_windows_keep_to_the_bound(c, outputs, size, share):
+    """Their sums are multiplied, and errors with them: F(4×4, 3×3) alone would exceed it."""
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(1, c, size, size, generator=generator).relu_()
+    weight = torch.randn(outputs, c, 3, 3, generator=generator) / (9 * c) ** 0.5
+    mask = (torch.rand(1, 1, size, size, generator=generator) < share).float()
+    with use_backend("cpu", op="partial_conv2d"):
+        got, _ = ops.partial_conv2d(x, mask, weight, padding=1)
+    with use_backend("reference", op="partial_conv2d"):
+        own, _ = ops.partial_conv2d(x, mask, weight, padding=1)
+        truth, _ = ops.partial_conv2d(x.double(), mask.double(), weight.double(), padding=1)
+    assert_close_to_truth(got, truth, own, numerics=WINOGRAD)
 
 
 def test_soft_masks_count_as_they_are():

@@ -57,8 +57,8 @@ struct Launch {
   int reversed;  // the last thread first
 };
 
-// A thread: it calls `body` for a block, and once more for each block after that. Switching is setjmp and longjmp, which
-// unlike swapcontext make no system call; a context serves to get onto the stack.
+// A thread: it calls `body` for a block, and once more for each block after that. Switching is setjmp and longjmp,
+// which unlike swapcontext make no system call; a context serves to get onto the stack.
 struct Fiber {
   std::unique_ptr<char[]> stack;
   jmp_buf point;  // where it goes on

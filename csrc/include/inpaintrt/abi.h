@@ -155,8 +155,8 @@ int64_t irt_arena_peak_bytes(void);      /* most that was ever held */
 void irt_arena_set_limit(int64_t bytes); /* of what is kept for reuse; default 1 GiB */
 void irt_empty_cache(void);              /* give back what is not in use */
 
-/* A block of the arena, for a caller's large tensors: at least *bytes, which becomes its size; null when memory cannot be
- * had. It stays the caller's until it is given back, with that size. */
+/* A block of the arena, for a caller's large tensors: at least *bytes, which becomes its size; null when memory cannot
+ * be had. It stays the caller's until it is given back, with that size. */
 void* irt_arena_take(int64_t* bytes);
 void irt_arena_give(void* block, int64_t bytes);
 
