@@ -16,7 +16,7 @@ demo: $(VENV)/installed
 	$(VENV)/bin/inpaintrt demo -o out
 
 test: $(VENV)/installed
-	$(VENV)/bin/pytest
+	$(VENV)/bin/pytest -n 2
 
 # torch first, by its exact version: a resolver that only sees "torch>=2.11" may take a larger build than needed.
 SOURCES := $(shell git ls-files --cached --others --exclude-standard csrc kernels inpaintrt cmake CMakeLists.txt pyproject.toml constraints.txt 2>/dev/null)

@@ -20,6 +20,18 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--full", action="store_true", help="the whole test matrix instead of the smoke subset")
 
 
+def pytest_sessionfinish(session) -> None:
+    """Of several processes (`pytest -n`), each tells the one that reports what it ran."""
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["ran"] = list(ran.items())
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node, error) -> None:
+    for key, count in getattr(node, "workeroutput", {}).get("ran", ()):
+        ran[tuple(key)] += count
+
+
 def pytest_terminal_summary(terminalreporter) -> None:
     if ran:
         terminalreporter.section("op × backend: cases run / refused with a reason")

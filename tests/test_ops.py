@@ -36,10 +36,8 @@ def _cases():
                 for dtype in DTYPES:
                     # Pairwise rather than the product: each sample meets each dtype, and layouts rotate over samples.
                     layouts = list(LAYOUTS)
-                    for layout in {
-                        layouts[index % len(layouts)],
-                        layouts[(index + DTYPES.index(dtype)) % len(layouts)],
-                    }:
+                    places = (index % len(layouts), (index + DTYPES.index(dtype)) % len(layouts))
+                    for layout in dict.fromkeys(layouts[place] for place in places):  # in an order that stays
                         yield pytest.param(
                             name, backend, sample, dtype, layout, id=_id(name, backend, dtype, sample, layout)
                         )
@@ -157,7 +155,9 @@ def test_non_finite_values_are_where_the_reference_has_them(name):
         ):
             on_cpu = "cpu" in spec.lanes and not dispatchers[name].reasons(args, args[0])["cpu"]
             if on_cpu and (spec.lanes["cpu"].numerics(*args) == WINOGRAD or name in READS_PADDING):
-                assert bool(got.isnan()[base.isnan()].all()), f"{sample.id}: a NaN was lost"
+                # Phases add taps before they multiply: (a − b)·∞ is infinite where a·∞ − b·∞ is NaN.
+                lost = got.isfinite() if sample.kwargs.get("upsample", 1) > 1 else ~got.isnan()
+                assert not bool(lost[base.isnan()].any()), f"{sample.id}: a NaN was lost"
                 continue  # one more may appear: all outputs of a tile share its inputs
             if on_cpu and name in PADS_PATCHES:
                 assert bool(base.isnan()[got.isnan()].all()), f"{sample.id}: a NaN was invented"
