@@ -4,8 +4,9 @@
 //
 //   filters:  G g Gᵀ of all filters, n² matrices Cin × Cout, packed for the product. Transformed on every call: a kept
 //             copy would be four times the weights and could be stale.
-//   blocks:   a few rows of tiles at a time, so that a block's n² matrices stay near the core:
-//             Bᵀd B of all tiles and input channels → n² products tiles × Cin × Cout → AᵀmA → finish
+//   blocks:   a few rows of tiles at a time, so that a block's n² matrices of inputs stay near the core, and of outputs
+//             one panel at a time, whose n² matrices stay in L2:
+//             Bᵀd B of all tiles and input channels → n² products tiles × Cin × panel → AᵀmA → finish
 //
 // Rows of the image come in as strips [n rows][pixel][lane], where padding is written once, and leave as strips of m
 // rows. NCHW or NHWC makes no difference to anything in between (rows.h).
@@ -33,7 +34,7 @@ struct Sizes {
   int64_t tiles_x, tiles_y, rows, blocks;            // rows of tiles in a block, blocks in an image
   int64_t in_pixels, out_pixels;                     // of a strip's row
   int64_t tiles;                                     // distance of groups, odd, so that groups do not share cache sets
-  int64_t in_point, out_point, filter_point, strip;  // floats between the matrices; of strips
+  int64_t in_point, out_point, filter_point, strip;  // floats between the matrices, odd vectors likewise; of strips
   int threads;
 
   explicit Sizes(const Call& call) : filters(call), inputs(call.inputs()) {}
@@ -56,8 +57,8 @@ struct WinogradGeometry : Sizes {
     rows = ceil_div(tiles_y, blocks);
     blocks = ceil_div(tiles_y, rows);
     tiles = rows * tiles_x | 1;
-    in_point = (in_blocks * tiles | 1) * W, out_point = (filters.blocks * tiles | 1) * W;
-    filter_point = panels * inputs * kPanelColumns;
+    in_point = (in_blocks * tiles | 1) * W, out_point = (kPanelVectors * tiles | 1) * W;
+    filter_point = (panels * inputs * kPanelVectors | 1) * W;
     strip = most(n * in_pixels, (call.gated ? 2 : 1) * m * out_pixels) * W;
   }
   int64_t filter_floats() const { return vectors(kPoints * filter_point); }
@@ -66,18 +67,14 @@ struct WinogradGeometry : Sizes {
   int64_t floats() const { return filter_floats() + start_floats() + threads * thread_floats(); }
 };
 
-// The products of a block of tiles, at all points; the same for all forms.
-void multiply(const Sizes& g, int64_t points, int64_t tiles, const float* filters, const float* inputs,
-              float* outputs) {
+// The products of a block of tiles with one panel of filters, at all points; the same for all forms.
+void multiply(const Sizes& g, int64_t points, int64_t tiles, const float* panel, const float* inputs, float* outputs) {
   const int tail = static_cast<int>(g.inputs - (g.in_blocks - 1) * W);
   for (int64_t p = 0; p < points; ++p) {
     const Blocks a = {inputs + p * g.in_point, g.tiles * W, static_cast<int>(g.in_blocks), 1, tail};
     float* to = outputs + p * g.out_point;
-    gemm(a, tiles, filters + p * g.filter_point, static_cast<int>(g.panels),
-         [&](int panel, int64_t tile, int v, Vec sums) {
-           const int64_t block = static_cast<int64_t>(panel) * kPanelVectors + v;
-           if (block < g.filters.blocks) store(to + (block * g.tiles + tile) * W, sums);
-         });
+    gemm(a, tiles, panel + p * g.filter_point, 1,
+         [&](int, int64_t tile, int v, Vec sums) { store(to + (v * g.tiles + tile) * W, sums); });
   }
 }
 
@@ -106,18 +103,21 @@ class Winograd {
       for (int64_t o = begin; o < end; ++o) transform_filters(o);
     });
     int next = 0;
-    parallel_for(call_.batch() * g_.blocks, 1, g_.threads, [&](int64_t begin, int64_t end) {
+    parallel_for(call_.batch() * g_.blocks, 1, g_.threads, [&](int64_t from, int64_t to) {
       float* inputs = scratch_ + __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED) * g_.thread_floats();
       float* outputs = inputs + kPoints * g_.in_point;
       float* strip = outputs + kPoints * g_.out_point;
-      for (int64_t i = begin; i < end; ++i) {
+      for (int64_t i = from; i < to; ++i) {
         const int64_t b = i / g_.blocks, first = i % g_.blocks * g_.rows, rows = least(g_.rows, g_.tiles_y - first);
         for (int64_t block = 0; block < g_.in_blocks; ++block) {
           for (int64_t r = 0; r < rows; ++r) transform_inputs(b, first + r, r, block, strip, inputs);
         }
-        multiply(g_, kPoints, rows * g_.tiles_x, filters_, inputs, outputs);
-        for (int64_t unit = 0; unit < ceil_div(g_.filters.outputs, W); ++unit) {
-          for (int64_t r = 0; r < rows; ++r) transform_outputs(b, first + r, r, unit, strip, outputs);
+        for (int64_t panel = 0; panel < g_.panels; ++panel) {
+          multiply(g_, kPoints, rows * g_.tiles_x, filters_ + panel * g_.inputs * kPanelColumns, inputs, outputs);
+          const int64_t begin = panel * kPanelVectors, end = least(begin + kPanelVectors, g_.filters.blocks);
+          for (int64_t o = begin; o < end; o += call_.gated ? 2 : 1) {
+            for (int64_t r = 0; r < rows; ++r) transform_outputs(b, first + r, r, o, strip, outputs);
+          }
         }
       }
     });
@@ -193,11 +193,11 @@ class Winograd {
 
   // ---- outputs
 
-  void transform_outputs(int64_t b, int64_t tile_y, int64_t r, int64_t unit, float* strip, const float* from) const {
+  void transform_outputs(int64_t b, int64_t tile_y, int64_t r, int64_t o, float* strip, const float* from) const {
     const int64_t d = call_.dilation, pixels = g_.out_pixels, y = first_row(tile_y), half = m * pixels * W;
     const int64_t rows = least(m, ceil_div(call_.height() - y, d)), blocks = call_.gated ? 2 : 1;
     for (int64_t k = 0; k < blocks; ++k) {
-      const float* source = from + ((unit * blocks + k) * g_.tiles + r * g_.tiles_x) * W;
+      const float* source = from + ((o % kPanelVectors + k) * g_.tiles + r * g_.tiles_x) * W;
       for (int64_t tile = 0; tile < g_.tiles_x; ++tile) {
         float* to = strip + k * half + starts_[tile] * W;
         transform_tile(source + tile * W, [&](int i, int j, Vec v) { store(to + (i * pixels + j * d) * W, v); });
@@ -205,7 +205,7 @@ class Winograd {
     }
     for (int64_t i = 0; i < rows; ++i) {
       float* sums = strip + i * pixels * W;
-      finish_(b, unit, y + i * d, 0, call_.width(), sums, sums + half);
+      finish_(b, g_.filters.unit(o), y + i * d, 0, call_.width(), sums, sums + half);
     }
   }
 

@@ -32,7 +32,11 @@ static inline void read_row(const Row<T>& from, int64_t count, float* row) {
   constexpr int64_t W = Vec::kWidth, each = Lane::kChannels;
   int64_t i = 0;
   if (from.channel == 1 && from.channels == W * each) {
-    for (; i < count; ++i) store(row + i * W, Lane::across(from.data + i * from.pixel, W * each, 1));
+    for (; i < count; ++i) {
+      const T* pixel = from.data + i * from.pixel;
+      __builtin_prefetch(pixel + 2 * W * each, 0, 2);  // callers go through a row once for every vector of channels
+      store(row + i * W, Lane::across(pixel, W * each, 1));
+    }
   } else if (from.pixel == 1) {
     for (; i + W <= count; i += W) {
       Vec lanes[W];
