@@ -50,6 +50,7 @@ from .partial import (
     trial_inputs,
     weigh,
 )
+from .thin import Thinly, ThinTwin
 from .trial import Verdicts, same
 
 T = TypeVar("T")
@@ -319,15 +320,21 @@ def _forms_of(plan: Plan) -> tuple[Form, ...] | str:
     return tuple(form for form in forms if isinstance(form, Form))
 
 
+def _thin(module: Any, plan: Plan, forms: Sequence[Form]) -> ThinTwin:
+    """As `Copies`: ones for the masks; where nothing is multiplied by the window, filters are larger by that."""
+    ones = [block.layer.ones for block in plan.blocks if block.layer.ones is not None]
+    weights = [block.layer.conv.weight for block in plan.blocks]
+    windows = (w[0].numel() if form.scale == "one" else 1 for w, form in zip(weights, forms, strict=True))
+    return ThinTwin(module, ones, dict(zip(weights, windows, strict=True)))
+
+
 def _judge_net(module: Any) -> Net | str:
     plan = plan_of(module)
     assert plan is not None
     forms = _forms_of(plan)
     if isinstance(forms, str):
         return forms
-    scales = {block.layer.conv.weight.shape: form.scale for block, form in zip(plan.blocks, forms, strict=True)}
-    twin = Copies(module)
-    twin.gain(lambda layer: scales[layer.conv.weight.shape])
+    twin = _thin(module, plan, forms)
     channels, unit = plan.encoder[0].layer.conv.in_channels, plan.unit
     rows = unit if unit > 32 else 2 * unit  # the released networks' single level needs most of a second
     x = image("probe/image", 1, channels, rows, unit).double().to(twin.device) * 2 - 1
@@ -345,7 +352,7 @@ def _judge_net(module: Any) -> Net | str:
     fused = twin.copy(torch.float64)
     own = plan_of(fused)
     assert own is not None
-    with torch.no_grad():
+    with torch.no_grad(), Thinly():
         got, left = _unet(own, forms, x, mask)
         if not (same(got, exact[0]) and same(left.expand(-1, gives, -1, -1), exact[1])):
             return "it is not the U-Net that its parts suggest"

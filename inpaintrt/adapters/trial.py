@@ -67,17 +67,22 @@ class Verdicts(Generic[T]):
         return found
 
 
+def bare_copy(module: nn.Module, instead: dict[int, Tensor] | None = None) -> Any:
+    """A deep copy in eval mode, without hooks; with other tensors `instead` of those with these ids."""
+    # Tensors that an earlier forward left in plain attributes may have a graph, which cannot be copied.
+    left = (v for m in module.modules() for v in vars(m).values() if isinstance(v, Tensor))
+    twin = copy.deepcopy(module, {id(t): t.detach().clone() for t in left} | (instead or {}))
+    for part in twin.modules():
+        part._forward_hooks.clear()
+        part._forward_pre_hooks.clear()
+    return twin.eval()
+
+
 class Twin:
     """A copy of a module to run in trials; both of its dtypes start from the same state."""
 
     def __init__(self, module: nn.Module) -> None:
-        # Tensors that an earlier forward left in plain attributes may have a graph, which cannot be copied.
-        left = (v for m in module.modules() for v in vars(m).values() if isinstance(v, Tensor))
-        self._single = copy.deepcopy(module, {id(t): t.detach().clone() for t in left})
-        for part in self._single.modules():
-            part._forward_hooks.clear()
-            part._forward_pre_hooks.clear()
-        self._single.eval()
+        self._single = bare_copy(module)
         state = state_for(self._single)
         with torch.no_grad():
             for name, tensor in (*self._single.named_parameters(), *self._single.named_buffers()):
