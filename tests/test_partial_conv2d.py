@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from inpaintrt import ops, use_backend
 from inpaintrt.runtime import dispatch
 from inpaintrt.runtime.errors import UnsupportedError
+from inpaintrt.runtime.policy import use_ieee
 from inpaintrt.testing import assert_close_to_truth
 from inpaintrt.testing.compare import WINOGRAD
 
@@ -86,6 +87,26 @@ def test_sparse_windows_keep_to_the_bound(c, outputs, size, share):
         own, _ = ops.partial_conv2d(x, mask, weight, padding=1)
         truth, _ = ops.partial_conv2d(x.double(), mask.double(), weight.double(), padding=1)
     assert_close_to_truth(got, truth, own, numerics=WINOGRAD)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_each_image_is_judged_by_its_own_mask(dtype):
+    """To the last bit: whatever masks the other images of a batch have, and as if it were alone."""
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(5, 64, 48, 48, generator=generator).to(dtype)
+    weight = (torch.randn(64, 64, 3, 3, generator=generator) / 24).to(dtype)
+    full, sparse = torch.ones(48, 48), (torch.rand(48, 48, generator=generator) < 0.5).float()
+    mask = torch.stack([full, sparse, sparse, full, sparse])[:, None]
+    with use_backend("cpu", op="partial_conv2d"):
+        got, updated = ops.partial_conv2d(x, mask, weight, padding=1)
+        all_full, _ = ops.partial_conv2d(x, torch.ones_like(mask), weight, padding=1)
+        alone = [ops.partial_conv2d(x[i : i + 1], mask[i : i + 1], weight, padding=1) for i in range(5)]
+        with use_ieee():
+            ieee, _ = ops.partial_conv2d(x, mask, weight, padding=1)
+    assert torch.equal(got[0], all_full[0]) and torch.equal(got[3], all_full[3])
+    assert torch.equal(got, torch.cat([y for y, _ in alone]))
+    assert torch.equal(updated, torch.cat([u for _, u in alone]))
+    assert [torch.equal(got[i], ieee[i]) for i in range(5)] == [False, True, True, False, True]  # there is a difference
 
 
 def test_soft_masks_count_as_they_are():

@@ -34,6 +34,8 @@ struct Call {
   bool residual_first;  // act(… + residual) instead of act(…) + residual
   bool ieee;            // no algorithm whose rounding error exceeds the direct form's
   int threads;
+  float* space;    // workspace of the caller's, as large as the algorithm needs it; null: it takes its own
+  size_t* needed;  // not null: the algorithm says how many bytes of workspace it needs, and computes nothing
 
   int64_t batch() const { return out->sizes[0]; }
   int64_t height() const { return out->sizes[2]; }
@@ -60,6 +62,10 @@ struct Filters {
 
 // Computes the call by the algorithm that is expected to be fastest: the end of each convolution op.
 void run(const Call& call, irt_status& status);
+
+// That algorithm, to be run on the call, or on some images of its batch: then they get what they would get among all.
+using Runner = void (*)(const Call& call, irt_status& status);
+Runner planned(const Call& call);
 
 // Says which one that is, and which others there are. The result is as it came where there is nothing to compute.
 void choose(const Call& call, irt_choice& choice);

@@ -36,7 +36,13 @@ static inline int64_t tiles_along(int64_t size, int64_t dilation, int64_t output
 template <class Implementation>
 static inline void run_as(const Call& call, irt_status& status) {
   const typename Implementation::Geometry g(call);
-  const Workspace space(static_cast<size_t>(g.floats()) * sizeof(float));
+  const size_t bytes = static_cast<size_t>(g.floats()) * sizeof(float);
+  if (call.needed) {
+    *call.needed = bytes;
+    return;
+  }
+  if (call.space) return Implementation(call, g, call.space).run();
+  const Workspace space(bytes);
   if (!space.data()) return fail(status, IRT_OUT_OF_MEMORY, "no memory for the workspace");
   Implementation(call, g, static_cast<float*>(space.data())).run();
 }

@@ -51,7 +51,7 @@ double direct_cost(const Call& call) {
 
 struct Algorithm {
   const char* name;
-  void (*run)(const Call&, irt_status&);
+  Runner run;
   bool (*covers)(const Call&);  // whether it computes this call
   double (*cost)(const Call&);
 };
@@ -121,8 +121,10 @@ const Algorithm& chosen(const Call& call) {
 void run(const Call& call, irt_status& status) {
   if (call.out->sizes[0] == 0) return;
   if (!fits(call)) return fail(status, IRT_OUT_OF_MEMORY, "no memory for a workspace of that size");
-  chosen(call).run(call, status);
+  planned(call)(call, status);
 }
+
+Runner planned(const Call& call) { return chosen(call).run; }
 
 void choose(const Call& call, irt_choice& choice) {
   if (call.out->sizes[0] == 0 || !fits(call) || (!single(call) && call.x->dtype != IRT_BF16)) return;

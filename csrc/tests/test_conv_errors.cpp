@@ -47,10 +47,13 @@ struct Subject {
   // The status of the call; outputs may only have changed when it is OK.
   irt_status answer(const char* what) {
     const std::vector<unsigned char> out = convolution.out->bytes();
+    const std::vector<unsigned char> updated = convolution.updated ? convolution.updated->bytes() : out;
     irt_status status;
     memset(&status, 0x7e, sizeof status);
     irt_cpu_find(kOps[static_cast<int>(op())])(&call, &status);
     CHECK(status.code == IRT_OK || convolution.out->bytes() == out, "%s: the output changed beside an error", what);
+    CHECK(status.code == IRT_OK || !convolution.updated || convolution.updated->bytes() == updated,
+          "%s: the updated mask changed beside an error", what);
     CHECK(status.code >= IRT_OK && status.code <= IRT_DEVICE_ERROR, "%s: status %d", what, status.code);
     CHECK(memchr(status.message, 0, sizeof status.message), "%s: a message without an end", what);
     return status;
@@ -301,6 +304,36 @@ void a_refusal_by_the_system_is_reported() {
   }
 }
 
+// Whichever of its workspaces a call is refused: also where some images of a batch are computed apart from others.
+void a_refusal_on_the_way_is_reported() {
+  Random random{7};
+  int most_granted = 0;
+  for (Op op : kAll) {
+    Setting s = correct(op);
+    s.h = s.w = 12, s.inputs = s.outputs = 18, s.b = 3;
+    if (s.mask_images) s.mask_images = 3, s.mask_channels = 1;
+    Subject subject(random, s);
+    if (op == Op::partial) {  // the second image is all valid; the others are holes but for one pixel
+      Tensor& mask = *subject.convolution.mask;
+      mask.for_each(
+          [&](int64_t i, int64_t c, int64_t y, int64_t x) { mask.set(i, c, y, x, i == 1 || (x == 5 && y == 5)); });
+    }
+    int granted = 0;
+    for (;; ++granted) {
+      workspaces_granted = granted;
+      const irt_status status = subject.answer("no memory on the way");
+      workspaces_granted = -1;
+      if (status.code == IRT_OK) break;
+      CHECK(status.code == IRT_OUT_OF_MEMORY && *status.message, "%s: status %d '%s'", s.text().c_str(), status.code,
+            status.message);
+      CHECK(granted < 8, "%s: never enough", s.text().c_str());
+    }
+    CHECK(granted > 0, "%s needs no memory", s.text().c_str());
+    most_granted = std::max(most_granted, granted);
+  }
+  CHECK(most_granted > 1, "no call has two workspaces");
+}
+
 // Tensors expanded from one number may claim sizes whose workspace cannot even be computed.
 void sizes_beyond_all_memory() {
   struct Size {
@@ -371,6 +404,7 @@ const check::Case check::cases[] = {
     {"other dtypes", other_dtypes},
     {"strides that mean nothing", strides_that_mean_nothing},
     {"a refusal by the system is reported", a_refusal_by_the_system_is_reported},
+    {"a refusal on the way is reported", a_refusal_on_the_way_is_reported},
     {"sizes beyond all memory", sizes_beyond_all_memory},
     {nullptr, nullptr},
 };

@@ -215,8 +215,10 @@ def partial_conv2d(
         UnsupportedError: a backend forced by `use_backend` cannot run this call.
 
     Holes of the output are exactly 0, not the bias, whatever lies under them. Where a window holds less than a quarter of its
-    pixels, their rounding error is multiplied with them; a CPU call with such windows uses Winograd's F(2×2, 3×3) instead
-    of F(4×4, 3×3). Source: Liu et al., ECCV 2018, eq. 1 and 2.
+    pixels, their rounding error is multiplied with them; images with such windows are computed by Winograd's F(2×2, 3×3) on a
+    CPU, not by F(4×4, 3×3). Each image is judged by its own mask: what it gives does not depend on the others'.
+
+    Source: Liu et al., ECCV 2018, eq. 1 and 2.
     """
     if x.dim() != 4 or weight.dim() != 4:
         raise ValueError(f"x is {tuple(x.shape)}, weight {tuple(weight.shape)}; accepted: 4-D tensors")
