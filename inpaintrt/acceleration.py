@@ -21,7 +21,7 @@ from .runtime.errors import UnsupportedError
 from .runtime.library import dispatchers
 from .runtime.policy import use_backend
 from .runtime.probe import probe as run_probe
-from .runtime.swap import FP16_OVERFLOWS, Record, record_of, restore_module, swap
+from .runtime.swap import Record, record_of, restore_module, swap, why_not_float16
 from .verification import verify
 
 __all__ = ["accelerate", "explain", "refresh", "restore", "verify"]
@@ -216,7 +216,7 @@ def _refuse_fp16(modules: Modules, options: _Options) -> None:
     for path, module in modules:
         item = recognise(path, module)
         if item is not None and not item.why_not and _wanted(path, item.adapter.name, options):
-            raise UnsupportedError(item.name, {"fp16": [FP16_OVERFLOWS]})
+            raise UnsupportedError(item.name, {"fp16": [why_not_float16(item.adapter)]})
 
 
 def _rebuild_scripts(slots: list[holders.Slot], options: _Options) -> list[tuple[holders.Slot, nn.Module]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from .report import Report
@@ -89,6 +89,14 @@ def _native() -> Iterator[tuple[str, str, Any]]:
     yield "native", "OpenMP bound", library.openmp_runtime() or "none: serial"
     yield "native", "workspace bytes held", library.arena_bytes()
     yield "native", "CUDA library", native.cuda_missing() or library.cuda_info()
+    yield "native", "preferences", _preferences(native.preferences())
+
+
+def _preferences(known: Mapping[str, str]) -> str:
+    from .runtime import tuning
+
+    count = f"{len(known)} form{'' if len(known) == 1 else 's'} of calls" if known else "none"
+    return f"{count} ({tuning.path()}, which inpaintrt tune writes{'' if tuning.path().exists() else ', is not there'})"
 
 
 def _settings() -> Iterator[tuple[str, str, Any]]:

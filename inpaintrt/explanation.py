@@ -66,11 +66,14 @@ def explain(model: Any, *example: Any) -> Report:
 def _notes(modules: list[tuple[str, nn.Module]], recognised: bool) -> list[str]:
     records = {module: record for _, module in modules if (record := record_of(module)) is not None}
     covered = {id(p) for module in records for p in module.parameters()}
-    parameters = {id(p): p.numel() for _, module in modules for p in module.parameters(recurse=_is_script(module))}
+    own = [p for _, module in modules for p in module.parameters(recurse=_is_script(module))]
+    parameters = {id(p): p.numel() for p in own if not nn.parameter.is_lazy(p)}
     total = sum(parameters.values())
     share = sum(size for key, size in parameters.items() if key in covered) / total if total else 0.0
     fast = len(records)
     notes = [f"{fast} module{'' if fast == 1 else 's'} accelerated, with {share:.1%} of the parameters."]
+    if lazy := len({id(p) for p in own} - parameters.keys()):
+        notes.append(f"{lazy} parameter{'' if lazy == 1 else 's'} of lazy modules have no size yet, and are not counted.")
     forced = {record.backend for record in records.values() if record.backend != "auto" and not record.adapter.ops}
     notes += [
         f"backend={name!r} chooses among kernels of ops; these modules use torch's own only." for name in sorted(forced)

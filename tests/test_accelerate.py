@@ -117,8 +117,10 @@ def test_fp16_is_refused_before_anything_changes(model, x):
     with pytest.raises(irt.UnsupportedError, match=r"overflow float16, which gives black images .use bf16."):
         irt.accelerate(model, precision="fp16")
     assert not _swapped(model)
+    with pytest.raises(irt.UnsupportedError, match="its activations may overflow float16"):  # it has no spectra
+        irt.accelerate(nn.Conv2d(4, 8, 3).eval(), precision="fp16")
     irt.accelerate(model)
-    with pytest.raises(irt.UnsupportedError, match="overflow"):
+    with pytest.raises(irt.UnsupportedError, match="its activations and spectra may overflow"):
         irt.accelerate(model, precision="fp16")
     assert _swapped(model) == ["model"], "what was accelerated stays so"
 
@@ -240,6 +242,17 @@ def test_lazy_names():
         irt.acelerate  # noqa: B018
     for name in irt.__all__:
         assert getattr(irt, name) is not None
+
+
+def test_lazy_modules_are_explained():
+    model = nn.Sequential(nn.LazyConv2d(8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 8, 3)).eval()
+    assert "2 parameters of lazy modules have no size yet" in " ".join(irt.explain(model).notes)
+    irt.accelerate(model)
+    report = irt.explain(model)
+    assert [row["module"] for row in report.rows] == ["2"]
+    assert "100.0% of the parameters" in report.notes[0]
+    model(torch.zeros(1, 3, 20, 20))
+    assert not any("lazy" in note for note in irt.explain(model).notes)
 
 
 def test_info_never_raises_and_sees_one_openmp():

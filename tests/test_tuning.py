@@ -164,6 +164,18 @@ def test_a_file_is_read_where_the_library_is_used(file, layer):
     assert process(file.parent / "none", program) == "{}\n"
 
 
+def test_info_names_the_file_and_what_is_known(file, layer):
+    def told() -> str:
+        (row,) = [row for row in irt.info().rows if row["item"] == "preferences"]
+        return str(row["value"])
+
+    assert told() == f"none ({file}, which inpaintrt tune writes, is not there)"
+    native.prefer({choice(layer).key: "direct"})
+    file.parent.mkdir()
+    file.write_bytes(tuning.content(native.preferences(), version()))
+    assert told() == f"1 form of calls ({file}, which inpaintrt tune writes)"
+
+
 def test_use_writes_nothing(tmp_path):
     cache = tmp_path / "untouched"
     process(

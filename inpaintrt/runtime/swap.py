@@ -25,7 +25,6 @@ from .policy import use_backend, use_ieee
 from .settings import settings
 
 _RECORD = "_inpaintrt"
-FP16_OVERFLOWS = "its activations and spectra overflow float16, which gives black images (use bf16)"
 _disabled: ContextVar[bool] = ContextVar("inpaintrt_disabled", default=settings.disable)
 
 
@@ -61,6 +60,12 @@ class Record:
     composited: bool
     note: str = ""
     """What the probe found worth telling although the swap is kept."""
+
+
+def why_not_float16(adapter: Adapter) -> str:
+    """Of no family a fused forward in float16 is known to be safe; spectra grow with the size of the image, too."""
+    what = "its activations and spectra" if "fourier_unit" in adapter.ops else "its activations"
+    return f"{what} may overflow float16, which gives black images (use bf16)"
 
 
 def record_of(module: nn.Module) -> Record | None:
@@ -127,7 +132,7 @@ def why_original(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     if refusal := next(record.adapter.refuses(module, *args), ""):
         return refusal
     if _autocast_dtype(args) == torch.float16:  # the caller's choice, and the original's result
-        return f"under float16 autocast: {FP16_OVERFLOWS}"
+        return f"under float16 autocast: {why_not_float16(record.adapter)}"
     return ""
 
 
