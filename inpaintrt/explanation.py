@@ -73,7 +73,9 @@ def _notes(modules: list[tuple[str, nn.Module]], recognised: bool) -> list[str]:
     fast = len(records)
     notes = [f"{fast} module{'' if fast == 1 else 's'} accelerated, with {share:.1%} of the parameters."]
     if lazy := len({id(p) for p in own} - parameters.keys()):
-        notes.append(f"{lazy} parameter{'' if lazy == 1 else 's'} of lazy modules have no size yet, and are not counted.")
+        notes.append(
+            f"{lazy} parameter{'' if lazy == 1 else 's'} of lazy modules have no size yet, and are not counted."
+        )
     forced = {record.backend for record in records.values() if record.backend != "auto" and not record.adapter.ops}
     notes += [
         f"backend={name!r} chooses among kernels of ops; these modules use torch's own only." for name in sorted(forced)

@@ -9,8 +9,9 @@ Three kinds of module, containers first, after the adapters of all families:
   (see `trial`);
 - a convolution by itself.
 
-Which convolutions these are is the op's decision, not ours: `ops.fused_conv2d` must have a kernel for the geometry (asked
-once, on an image large enough) and for each call (asked per call: small images are the original's).
+Which convolutions these are is the op's decision: `ops.fused_conv2d` must have a kernel for the geometry (asked once, on an
+image large enough) and for each call. Each call must also be one at which the engine is the faster one (`why_slower`): small
+images and few channels are the original's.
 
 What is left alone: classes with a forward of their own, grouped and uneven convolutions, circular padding, and weights that
 are not parameters (weight norm, spectral norm and pruning make them in a hook that a fused form would bypass).
@@ -30,6 +31,7 @@ from torch import Tensor, nn
 from inpaintrt.ops._shared import PADDING_MODES
 from inpaintrt.runtime import registry
 from inpaintrt.runtime.library import dispatchers
+from inpaintrt.runtime.swap import is_insistent
 from inpaintrt.testing.recipe import image
 
 from .engine import convolved
@@ -92,9 +94,13 @@ def geometry_of(conv: Any, pad: Any = None) -> Geometry:
     return Geometry(conv.kernel_size, conv.stride, sides, conv.dilation, mode if any(sides) else "zeros")
 
 
+def _may_win(conv: Any) -> bool:
+    return conv.stride == (1, 1) and conv.kernel_size in _WORK
+
+
 def is_winner(conv: Any) -> bool:
-    """A float32 3×3 convolution of stride 1, by the rules, for which some backend of its device has a kernel."""
-    if (conv.kernel_size, conv.stride) != ((3, 3), (1, 1)) or first_broken(RULES, conv):
+    """A float32 3×3 or 5×5 convolution of stride 1, by the rules, for which some backend of its device has a kernel."""
+    if not _may_win(conv) or first_broken(RULES, conv):
         return False
     if conv.weight.is_meta or conv.weight.dtype != torch.float32:
         return False
@@ -104,6 +110,33 @@ def is_winner(conv: Any) -> bool:
     x = conv.weight.detach().new_empty(1).expand(1, conv.in_channels, _AMPLE, _AMPLE)
     geometry = geometry_of(conv)
     return geometry.padding[0] < _AMPLE and not why_no_kernel(geometry, x, conv.weight)
+
+
+# Where the engine's convolution, with the adapter around it, was faster than torch's on one core with AVX-512. A rule of thumb:
+# whoever makes the engine better at small maps or few channels lowers these numbers.
+_PIXELS = 1024
+"""Outputs per channel, below which reading and transforming the filters costs more than is gained."""
+_PAIRS = 1024
+"""Inputs times outputs, below which there is too little in a tile to multiply."""
+_NARROWEST = 64
+"""Channels of the narrower side, below which torch's channels-last form, which has no layout to change, is faster."""
+_WORK = {(3, 3): 4e6, (5, 5): 1.6e7}
+"""Pixels times pairs, below which a call's fixed costs outweigh the rest."""
+
+
+def why_slower(conv: Any, x: Tensor) -> str:
+    """Why torch is expected to be faster at this call on a CPU; empty where it is not, and for what is to be compared."""
+    if x.device.type != "cpu" or not _may_win(conv) or is_insistent():
+        return ""  # what surrounds others in a sequence was found to pay for them
+    reaches = (d * (k - 1) for d, k in zip(conv.dilation, conv.kernel_size, strict=True))
+    sides = (max(n + 2 * p - r, 0) for n, p, r in zip(x.shape[2:], _sides(conv) or (0, 0), reaches, strict=True))
+    pixels, pairs = len(x) * math.prod(sides), conv.in_channels * conv.out_channels
+    if pixels < _PIXELS or pairs < _PAIRS or pixels * pairs < _WORK[conv.kernel_size]:
+        return f"torch is faster at {conv.in_channels} to {conv.out_channels} channels on so small an input, {tuple(x.shape)}"
+    last = result_format(x, conv.weight) is torch.channels_last
+    if last and min(conv.in_channels, conv.out_channels) < _NARROWEST:
+        return f"torch is faster at {conv.in_channels} to {conv.out_channels} channels in channels-last"
+    return ""
 
 
 def why_no_kernel(geometry: Any, x: Tensor, weight: Tensor) -> str:
@@ -243,6 +276,8 @@ def why_not_call(run: Run, x: Tensor) -> str:
         return "" if x.dtype == torch.float32 else "another dtype than float32"
     if torch.is_autocast_enabled(x.device.type):
         return "under autocast, which has its own"
+    if why := why_slower(run.conv, x):
+        return why
     return why_no_kernel(geometry, x, run.conv.weight)
 
 
@@ -453,7 +488,7 @@ class ConvolutionAdapter:
     deep = False
 
     def match(self, module: Any) -> str | None:
-        if not is_convolution(module) or (module.kernel_size, module.stride) != ((3, 3), (1, 1)):
+        if not is_convolution(module) or not _may_win(module):
             return ""
         return first_broken(RULES, module) or (None if is_winner(module) else "")
 

@@ -29,7 +29,7 @@ from inpaintrt.testing.recipe import state_for
 
 from .dispatch import launches, numerics_of
 from .inverse import inverse_note, numpy_inverse
-from .swap import Adapter, disabled, record_of
+from .swap import Adapter, disabled, insistent, record_of
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ def probe(module: nn.Module) -> Finding:
 
     try:
         module.eval()
-        with torch.random.fork_rng(devices=devices), torch.no_grad():
+        with torch.random.fork_rng(devices=devices), torch.no_grad(), insistent():
             if next(record.adapter.probe_inputs(module), None) is None:  # compared while it was recognised
                 return Finding()
             for weights, state in (("recipe weights", state_for(module)), ("the model's own weights", own)):

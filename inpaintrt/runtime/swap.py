@@ -26,6 +26,7 @@ from .settings import settings
 
 _RECORD = "_inpaintrt"
 _disabled: ContextVar[bool] = ContextVar("inpaintrt_disabled", default=settings.disable)
+_insistent: ContextVar[bool] = ContextVar("inpaintrt_insistent", default=False)
 
 
 class Adapter(Protocol):
@@ -80,6 +81,20 @@ def disabled() -> Iterator[None]:
         yield
     finally:
         _disabled.reset(token)
+
+
+@contextlib.contextmanager
+def insistent() -> Iterator[None]:
+    """Within this context fused forwards run also where the original is known to be faster: for comparisons."""
+    token = _insistent.set(True)
+    try:
+        yield
+    finally:
+        _insistent.reset(token)
+
+
+def is_insistent() -> bool:
+    return _insistent.get()
 
 
 def swap(module: nn.Module, record: Record) -> None:
