@@ -1,15 +1,16 @@
 """TorchScript archives: recognised by their weights, rebuilt as a reference network, proved by numbers.
 
-The public LaMa archives are traces: a graph and weights, closed to any change. What can be done is to build the network
-anew from the weights, which carry the public names, and to show that it computes what the archive computes. A state dict
-does not say all of that (activations, padding modes, whether the result is blended), so each possibility that fits the
-archive's signature is tried, and one is taken only if it gives the archive's own numbers, in float64 to float32's
-resolution, at two sizes, for integer and soft masks.
+Archives are traces: a graph and weights, closed to any change. What can be done is to build the network anew from the
+weights, which carry the public names, and to show that it computes what the archive computes. That is tried for every
+family whose names for weights are found (`models.loading`). A state dict does not say all of it (activations, padding
+modes, whether the result is blended), so each possibility that fits the archive's signature is tried, and one is taken
+only if it gives the archive's own numbers, in float64 to float32's resolution, at two sizes, for integer and soft masks.
 """
 
 from __future__ import annotations
 
 import copy
+import inspect
 import itertools
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -23,8 +24,8 @@ from inpaintrt.runtime.probe import Finding, compare, in_double
 from inpaintrt.testing.recipe import image
 
 NAME = "torchscript"
-FAMILIES = ("lama",)
-"""Those of which public archives are known, and how they are called."""
+_BLENDED = ("lama",)
+"""Families of which archives are known that take image and mask and blend, where the network takes one tensor."""
 
 
 class Blended(nn.Module):
@@ -83,19 +84,22 @@ def rebuild(script: torch.jit.ScriptModule) -> nn.Module | str:
     weight = next(t for t in state.values() if t.is_floating_point())
     with torch.no_grad():  # copies that are leaves
         copies = copy.deepcopy(script), copy.deepcopy(script).double()
-    convention = "called with (image, mask), result blended" if len(arguments) == 2 else "called with one tensor"
     reasons = []
-    for family in FAMILIES:
-        differences = []
+    for family in loading.families_of(state) or ("lama",):  # which of none of them says what was found
+        differences: list[str] = []
         for options in _silent_options(family):
             try:
                 generator: Any = loading.build(family, state, "the TorchScript module", **options)
             except WeightsError as error:
                 differences = [str(error)]
                 break
-            network: Any = Blended(generator) if len(arguments) == 2 else generator
+            network = _called_alike(generator, family, len(arguments))
+            if network is None:
+                differences = [f"a {family} network is not called with {len(arguments)} tensors"]
+                break
+            convention = _convention(network, len(arguments))
             network.to(weight.device).eval()
-            finding = _difference(copies, network, generator.config)
+            finding = _difference(copies, network, generator.config, len(arguments))
             if not finding.why_not:
                 name = getattr(script, "original_name", type(script).__name__)
                 origin = f"TorchScript module {name}, {family}, {convention}"
@@ -105,6 +109,21 @@ def rebuild(script: torch.jit.ScriptModule) -> nn.Module | str:
         others = f" ({len(differences) - 1} other forms of it differ, too)" if len(differences) > 1 else ""
         reasons.append(differences[0] + others)
     return "; ".join(reasons)
+
+
+def _called_alike(generator: Any, family: str, count: int) -> Any:
+    """The network as a module of `count` tensors; None where it is called otherwise."""
+    parameters = inspect.signature(generator.forward).parameters.values()
+    required = sum(p.default is p.empty for p in parameters)
+    if required <= count <= len(parameters):
+        return generator
+    return Blended(generator) if count == 2 and family in _BLENDED else None
+
+
+def _convention(network: Any, count: int) -> str:
+    if isinstance(network, Blended):
+        return "called with (image, mask), result blended"
+    return "called with (image, mask)" if count == 2 else "called with one tensor"
 
 
 def _silent_options(family: str) -> Iterator[dict[str, Any]]:
@@ -135,7 +154,7 @@ class _CannotRun(Exception):
     """The archive raised; the message says on what."""
 
 
-def _difference(archive: tuple[Any, Any], network: Any, config: Mapping[str, Any]) -> Finding:
+def _difference(archive: tuple[Any, Any], network: Any, config: Mapping[str, Any], count: int) -> Finding:
     """What keeps `network` from being the archive's equal.
 
     The archive comes as copies (a graph may write to its buffers), its own and one in float64, and runs unoptimised (it
@@ -146,7 +165,7 @@ def _difference(archive: tuple[Any, Any], network: Any, config: Mapping[str, Any
     device = next(network.parameters()).device
     note = ""
     with torch.no_grad(), jit.optimized_execution(False):
-        for args in _inputs(network, config):
+        for args in _inputs(network, config, count):
             args = tuple(t.to(device) for t in args)
             try:
                 finding = compare(
@@ -172,16 +191,23 @@ def _run_archive(pair: tuple[Any, Any], args: tuple[Tensor, ...]) -> Any:
         raise _CannotRun(f"the archive does not run on {_described(args)}: {last}") from None
 
 
-def _inputs(network: Any, config: Mapping[str, Any]) -> Iterator[tuple[Tensor, ...]]:
+def _inputs(network: Any, config: Mapping[str, Any], count: int) -> Iterator[tuple[Tensor, ...]]:
     """Two sizes, of which the second gives odd maps inside where the network takes them; integer and soft masks."""
     unit, channels = network.size_multiple, config.get("in_channels", 4) - 1
-    sizes = ((2, 2), (3, 3)) if config.get("enable_lfu") else ((2, 3), (5, 2))
-    for height, width in ((unit * rows, unit * columns) for rows, columns in sizes):
+    sizes = ((2, 2), (3, 3)) if config.get("enable_lfu") else ((1, 1), (1, 2)) if unit > 32 else ((2, 3), (5, 2))
+    least = -(-network.min_size // unit)
+    for height, width in ((unit * max(rows, least), unit * max(columns, least)) for rows, columns in sizes):
         picture = image("probe/image", 1, channels, height, width)
         noise = image("probe/mask", 1, 1, height, width)
         for mask in ((noise > 0.6).long(), (2 * noise - 0.5).clamp(0, 1)):
-            joined = torch.cat([picture * (1 - mask), mask.to(picture.dtype)], dim=1)
-            yield (picture, mask) if isinstance(network, Blended) else (joined,)
+            if isinstance(network, Blended):
+                yield picture, mask
+            elif count == 2:
+                yield picture, mask.to(picture.dtype)
+            else:
+                plane = mask.to(picture.dtype)
+                ones = [torch.ones_like(plane)] if getattr(getattr(network, "options", None), "ones", False) else []
+                yield (torch.cat([picture * (1 - mask), *ones, plane], dim=1),)
 
 
 def _described(args: tuple[Tensor, ...]) -> str:

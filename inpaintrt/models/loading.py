@@ -141,6 +141,11 @@ def build(
     return network.eval()
 
 
+def families_of(state: Mapping[str, Tensor]) -> list[str]:
+    """The families of which a state dict holds a network, by their names for weights; keys of `NETWORKS`."""
+    return [name for name, definition in _FAMILIES.items() if _roots(definition.ANCHORS, state)]
+
+
 def _network(name: str) -> Any:
     if name not in NETWORKS:
         known = [*SHIPPED, *NETWORKS]
