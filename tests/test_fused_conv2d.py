@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ import torch.nn.functional as F
 
 from inpaintrt import ops, use_backend
 from inpaintrt.ops.fused_conv2d import SPEC
-from inpaintrt.runtime import dispatch
+from inpaintrt.runtime import dispatch, native
 from inpaintrt.runtime.errors import UnsupportedError
 from inpaintrt.runtime.policy import use_ieee
 from inpaintrt.testing import assert_close_to_truth
@@ -153,10 +154,113 @@ def test_transposed_convolutions_by_phases(kernel, stride, padding, more):
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(1, 18, 9, 13, generator=generator)
     weight = torch.randn(18, 21, kernel, kernel, generator=generator) / (18 * kernel**2 / stride**2) ** 0.5
-    with use_backend("cpu", op="fused_conv2d"):
+    with use_backend("cpu", op="fused_conv2d"), dispatch.launches() as heard:
         got = ops.fused_conv2d(x, weight, stride=stride, padding=padding, transposed=True, output_padding=more)
     truth = F.conv_transpose2d(x.double(), weight.double(), None, stride, padding, more)
-    assert_close_to_truth(got, truth, F.conv_transpose2d(x, weight, None, stride, padding, more))
+    own = F.conv_transpose2d(x, weight, None, stride, padding, more)
+    assert_close_to_truth(got, truth, own, numerics=dispatch.numerics_of(heard))
+
+
+@contextlib.contextmanager
+def _by(algorithm, *args, **kwargs):
+    """The engine's algorithm for a call, whatever the planner would choose."""
+    bound = SPEC.bind(*args, **kwargs)
+    choice = native.choice(SPEC.name, bound, SPEC.out(*bound))
+    assert algorithm in choice.algorithms
+    before = native.preferences()
+    native.prefer({**before, choice.key: algorithm})
+    try:
+        with use_backend("cpu", op="fused_conv2d"):
+            yield
+    finally:
+        native.prefer(before)
+
+
+BY_PHASES = {2: "winograd F(4×4,2×2) by phases", 3: "winograd F(4×4,3×3) by phases"}
+STRIDED = [(3, 2, {"stride": 2}), (4, 2, {"stride": 2}), (5, 3, {"stride": 2})]
+TRANSPOSED = [
+    (3, 2, {"stride": 2, "transposed": True, "output_padding": 1}),
+    (4, 2, {"stride": 2, "transposed": True}),
+    (5, 3, {"stride": 2, "transposed": True, "output_padding": 1}),
+]
+DOUBLED = [(2, 2, {"upsample": 2}), (3, 2, {"upsample": 2}), (4, 3, {"upsample": 2}), (5, 3, {"upsample": 2})]
+
+
+def _reference(x, weight, bias=None, **options):
+    return SPEC.run_reference(*SPEC.bind(x, weight, bias, **options))
+
+
+SIZES = [(1, 1), (2, 1), (3, 3), (8, 17), (31, 26)]
+SIDES = [[1, 1, 1, 1], [2, 2, 2, 2], [0, 0, 1, 1], [2, 1, 0, 3], [3, 3, 3, 3]]
+
+
+@pytest.mark.parametrize(
+    ("kernel", "taps", "options", "mode"),
+    [(*case, mode) for case in STRIDED + DOUBLED for mode in ("zeros", "reflect", "replicate")]
+    + [(*case, "zeros") for case in TRANSPOSED],
+)
+def test_winograd_by_phases_equals_the_direct_form(kernel, taps, options, mode):
+    """Images of one pixel, kernels larger than the image, more padding on one side than on the other (as tf_same)."""
+    generator = torch.Generator().manual_seed(1)
+    sides = (18, 21) if options.get("transposed") else (21, 18)
+    weight = torch.randn(*sides, kernel, kernel, generator=generator) / (18 * kernel**2) ** 0.5
+    bias = torch.randn(21, generator=generator)
+    computed = 0
+    for (h, w), padding in itertools.product(SIZES, SIDES):
+        x = torch.randn(2, 18, h, w, generator=generator)
+        call = {**options, "padding": padding, "padding_mode": mode}
+        bound = SPEC.bind(x, weight, bias, **call)
+        try:
+            algorithms = native.choice(SPEC.name, bound, SPEC.out(*bound)).algorithms
+        except ValueError:  # smaller than the kernel, or than what is reflected
+            continue
+        if mode == "reflect" and options.get("upsample") and max(padding) > 1:
+            assert BY_PHASES[taps] not in algorithms  # the doubled image does not reflect what is stored
+            continue
+        with _by(BY_PHASES[taps], x, weight, bias, **call):
+            got = ops.fused_conv2d(x, weight, bias, **call)
+        truth, own = _reference(x.double(), weight.double(), bias.double(), **call), _reference(x, weight, bias, **call)
+        assert_close_to_truth(got, truth, own, numerics=WINOGRAD)
+        computed += 1
+    assert computed >= 5
+
+
+@pytest.mark.parametrize(("c", "outputs", "side"), [(64, 128, 64), (256, 128, 32), (512, 256, 24)])
+@pytest.mark.parametrize(("kernel", "taps", "options"), [*STRIDED, *TRANSPOSED[:2], DOUBLED[1]])
+def test_error_by_phases_at_real_layers(kernel, taps, options, c, outputs, side):
+    """F(4×4, 2×2) is near a third of its bound, F(4×4, 3×3) near half of it."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(1, c, side, side, generator=generator).relu_()
+    sides = (c, outputs) if options.get("transposed") else (outputs, c)
+    weight = torch.randn(*sides, kernel, kernel, generator=generator) / (kernel**2 * c) ** 0.5
+    call = {**options, "padding": [(kernel - 1) // 2] * 4}
+    with _by(BY_PHASES[taps], x, weight, **call):
+        got = ops.fused_conv2d(x, weight, **call)
+    truth, own = _reference(x.double(), weight.double(), **call), _reference(x, weight, **call)
+    limits = Numerics(rms=4.0, max=6.0) if taps == 2 else Numerics(rms=5.0, max=8.0)
+    assert close_to_truth(got, truth, own, numerics=limits).ok
+    assert float((got - truth).square().mean().sqrt() / truth.square().mean().sqrt()) < 1e-6
+
+
+def test_ieee_has_nothing_by_phases():
+    x, weight, _ = _layer(64, 128, 64, 64)
+    bound = SPEC.bind(x, weight, stride=2, padding=[1, 1, 1, 1])
+    assert BY_PHASES[2] in native.choice(SPEC.name, bound, SPEC.out(*bound)).algorithms
+    with use_ieee():
+        assert native.choice(SPEC.name, bound, SPEC.out(*bound)).algorithms == ("direct",)
+
+
+@pytest.mark.parametrize(("kernel", "taps", "options"), [STRIDED[0], TRANSPOSED[1], DOUBLED[1]])
+def test_bfloat16_by_phases_keeps_the_ordinary_bound(kernel, taps, options):
+    """Transforms and products are float32; the filters that phases of a doubled image add up, too."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(1, 96, 20, 26, generator=generator).relu_().bfloat16()
+    sides = (96, 64) if options.get("transposed") else (64, 96)
+    weight = (torch.randn(*sides, kernel, kernel, generator=generator) / (kernel**2 * 96) ** 0.5).bfloat16()
+    call = {**options, "padding": [1] * 4}
+    with _by(BY_PHASES[taps], x, weight, **call):
+        got = ops.fused_conv2d(x, weight, **call)
+    assert_close_to_truth(got, _reference(x.double(), weight.double(), **call), _reference(x, weight, **call))
 
 
 @pytest.mark.parametrize(
@@ -260,6 +364,22 @@ def test_lanes_state_their_numerics():
     numerics = SPEC.lanes["cpu"].numerics
     assert numerics(*SPEC.bind(x, weight, padding=[1, 1, 1, 1])) == WINOGRAD
     assert numerics(*SPEC.bind(x, weight[..., :1, :1])) == DIRECT == Numerics(2.0, 2.0)
+
+
+@pytest.mark.parametrize(
+    ("sides", "options"),
+    [((k, k), {"stride": 2}) for k in range(1, 8)]
+    + [((k, k), {"stride": 2, "transposed": True}) for k in range(1, 8)]
+    + [((k, k), {"upsample": 2}) for k in range(1, 8)]
+    + [((3, 4), {"stride": 2}), ((3, 5), {"stride": 2}), ((3, 3), {"stride": 2, "dilation": 2})]
+    + [((3, 3), {"stride": 3}), ((3, 3), {"stride": 2, "upsample": 2}), ((3, 3), {"dilation": 3}), ((3, 5), {})],
+)
+def test_numerics_are_winograds_where_the_engine_may_take_it(sides, options):
+    weight = torch.randn(4, 4, *sides)
+    bound = SPEC.bind(torch.randn(1, 4, 16, 16), weight, padding=[1, 1, 1, 1], **options)
+    algorithms = native.choice(SPEC.name, bound, SPEC.out(*bound)).algorithms
+    spreads = any(name.startswith("winograd") for name in algorithms)
+    assert (SPEC.lanes["cpu"].numerics(*bound) == WINOGRAD) == spreads
 
 
 @pytest.mark.parametrize(("c", "outputs", "h", "w"), [(512, 128, 32, 28), (128, 384, 40, 33), (64, 64, 64, 64)])

@@ -42,7 +42,8 @@ def _layer(c, outputs, kernel, h=30, w=26):
 @pytest.mark.parametrize("with_bias", [True, False])
 @pytest.mark.parametrize("channels", [False, True])
 @pytest.mark.parametrize(
-    ("c", "outputs", "kernel", "stride"), [(3, 64, 7, 2), (64, 40, 5, 1), (33, 36, 3, 1), (18, 3, 3, 1)]
+    ("c", "outputs", "kernel", "stride"),
+    [(3, 64, 7, 2), (64, 40, 5, 1), (33, 36, 3, 1), (18, 3, 3, 1), (64, 128, 5, 2), (70, 96, 3, 2)],
 )
 def test_is_nvidias(c, outputs, kernel, stride, channels, with_bias, layout):
     x, mask, weight, bias = _layer(c, outputs, kernel)
@@ -75,17 +76,19 @@ def test_windows_without_valid_pixels_give_zero(backend):
 
 @pytest.mark.parametrize(("c", "outputs", "size"), [(64, 64, 64), (150, 40, 20), (192, 64, 64), (512, 128, 32)])
 @pytest.mark.parametrize("share", [0.6, 0.99])
-def test_sparse_windows_keep_to_the_bound(c, outputs, size, share):
+@pytest.mark.parametrize(("kernel", "stride"), [(3, 1), (3, 2), (5, 2)])
+def test_sparse_windows_keep_to_the_bound(kernel, stride, c, outputs, size, share):
     """Their sums are multiplied, and errors with them: F(4×4, 3×3) alone would exceed it."""
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(1, c, size, size, generator=generator).relu_()
-    weight = torch.randn(outputs, c, 3, 3, generator=generator) / (9 * c) ** 0.5
+    weight = torch.randn(outputs, c, kernel, kernel, generator=generator) / (kernel**2 * c) ** 0.5
     mask = (torch.rand(1, 1, size, size, generator=generator) < share).float()
+    geometry = {"stride": stride, "padding": kernel // 2}
     with use_backend("cpu", op="partial_conv2d"):
-        got, _ = ops.partial_conv2d(x, mask, weight, padding=1)
+        got, _ = ops.partial_conv2d(x, mask, weight, **geometry)
     with use_backend("reference", op="partial_conv2d"):
-        own, _ = ops.partial_conv2d(x, mask, weight, padding=1)
-        truth, _ = ops.partial_conv2d(x.double(), mask.double(), weight.double(), padding=1)
+        own, _ = ops.partial_conv2d(x, mask, weight, **geometry)
+        truth, _ = ops.partial_conv2d(x.double(), mask.double(), weight.double(), **geometry)
     assert_close_to_truth(got, truth, own, numerics=WINOGRAD)
 
 

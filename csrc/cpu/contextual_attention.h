@@ -666,15 +666,12 @@ class Attention {
   // The sums [group][row][key] times the values of those groups of keys, added to what the outputs have unless `first`.
   template <int kRows>
   void product(const float* sums, const int32_t* list, int n, const float* values, bool first, float* to) const {
-    const Blocks group = {sums, kRows * W, 1, 0, 0};
     for (int64_t panel = 0; panel < g_.panels; ++panel) {
       const float* b = values + panel * g_.groups * W * kPanelColumns;
       float* at = to + panel * kPanelVectors * g_.pixels;
       Vec totals[kRows][kPanelVectors];
-      const float* a = sums;
       for (int m = 0; m < n; ++m) {
-        const float* rows = b + list[m] * W * kPanelColumns;
-        chain<Single, kRows>(group, a, rows, 0, 1, totals);
+        accumulate<Single, kRows>(sums + m * kRows * W, b + list[m] * W * kPanelColumns, W, totals);
       }
       each<kRows>([&](int r, int v) {
         float* out = at + v * g_.pixels + 2 * r * W;

@@ -3,6 +3,7 @@
 
 #include "arena.h"
 #include "conv.h"
+#include "conv_phases.h"
 #include "kernel.h"
 
 namespace irt::INPAINTRT_ISA::conv {
@@ -13,17 +14,16 @@ void planar(const Call& call, irt_status& status);        // few filters, stride
 void winograd_f43(const Call& call, irt_status& status);  // 3×3, stride 1
 void winograd_f23(const Call& call, irt_status& status);  // likewise, with the direct form's rounding error
 void winograd_f25(const Call& call, irt_status& status);  // 5×5, stride 1
+// What has phases of stride 1 (Tiling::halves) with up to two taps a dimension: a stride of 2 or a transposed one with
+// 3×3 or 4×4 filters, 3×3 on a doubled image. With up to three: 5×5 and 6×6.
+void winograd_f42_phases(const Call& call, irt_status& status);
+void winograd_f43_phases(const Call& call, irt_status& status);
 
 constexpr int64_t kFewFilters = 6;
 
-// Whether the direct form upsamples by phases; else it does so while reading. (Reflecting the doubled image by one
-// pixel repeats the edge of the stored one; by more it is no padding of that. Sums of bf16 filters are no bf16
+// Whether the direct form upsamples by phases; else it does so while reading. (Sums of bf16 filters are no bf16
 // numbers.)
-static inline bool phased(const Call& call) {
-  const int64_t widest = most(most(call.top, call.bottom), most(call.left, call.right));
-  return call.upsample > 1 && call.stride == 1 && call.dilation == 1 && call.x->dtype == IRT_F32 &&
-         (call.padding != Padding::reflect || widest <= 1);
-}
+static inline bool phased(const Call& call) { return doubled_by_phases(call) && call.x->dtype == IRT_F32; }
 
 // Tiles along one dimension of `size` outputs: for each residue modulo the dilation as many as cover it.
 static inline int64_t tiles_along(int64_t size, int64_t dilation, int64_t outputs) {

@@ -16,6 +16,7 @@
 // use.
 #include "conv_algorithms.h"
 #include "conv_finish.h"
+#include "conv_phases.h"
 #include "conv_source.h"
 #include "conv_weights.h"
 #include "gemm.h"
@@ -23,34 +24,6 @@
 
 namespace irt::INPAINTRT_ISA::conv {
 namespace {
-
-// One dimension of a convolution: which positions each phase of outputs reads, relative to its own times `step`.
-struct Axis {
-  int64_t phases, step, low = 0, high = 0;  // the least and largest position of all phases
-  int count[kLargestStride] = {};
-  int64_t at[kLargestStride][kLongestKernel];  // of tap t, rising
-  int tap[kLargestStride][kLongestKernel];     // that kernel element i belongs to, or −1
-
-  Axis(const Call& call, int64_t kernel, int64_t before, bool by_phases) {
-    const bool doubled = by_phases && call.upsample > 1;
-    phases = call.transposed ? call.stride : doubled ? call.upsample : 1;
-    step = call.transposed || doubled ? 1 : call.stride;
-    bool first = true;
-    for (int64_t p = 0; p < phases; ++p) {
-      for (int64_t i = 0; i < kernel; ++i) tap[p][i] = -1;
-      for (int64_t i = 0; i < kernel; ++i) {
-        const int64_t k = call.transposed ? kernel - 1 - i : i;  // so that positions rise
-        const int64_t reach = p + (call.transposed ? before - k * call.dilation : k * call.dilation - before);
-        if (call.transposed && floor_div(reach, phases) * phases != reach) continue;
-        const int64_t position = floor_div(reach, phases);
-        if (!count[p] || at[p][count[p] - 1] != position) at[p][count[p]++] = position;
-        tap[p][k] = count[p] - 1;
-        low = first ? position : least(low, position), high = first ? position : most(high, position);
-        first = false;
-      }
-    }
-  }
-};
 
 template <class T>
 struct DirectGeometry {
@@ -109,28 +82,6 @@ struct DirectGeometry {
   static constexpr int64_t kChunkTaps = 256;
 };
 
-// The products of kRows neighbouring outputs with one panel: for each tap the pixels that it reads begin at
-// strips + offsets[tap]. end(row, vector, sums).
-template <class Lane, int kRows, class End>
-static inline void tap_product(const float* strips, const int64_t* offsets, int64_t taps, int64_t groups, int tail,
-                               int64_t group, const float* b, const End& end) {
-  Vec sums[kRows][kPanelVectors], totals[kRows][kPanelVectors];
-  int length = 0;  // of the chain; see kChain
-  for (int64_t t = 0; t < taps; ++t) {
-    const float* a = strips + offsets[t];
-    for (int64_t g = 0; g < groups; ++g, a += group) {
-      const int channels = g + 1 < groups ? static_cast<int>(W) : tail;
-      accumulate<Lane, kRows>(a, b, channels, sums);
-      b += channels * kPanelColumns;
-      length += channels;
-      if (Lane::kChannels > 1 || length < kChain) continue;
-      length = 0;
-      each<kRows>([&](int r, int v) { totals[r][v] = totals[r][v] + sums[r][v], sums[r][v] = Vec(0.0f); });
-    }
-  }
-  each<kRows>([&](int r, int v) { end(r, v, totals[r][v] + sums[r][v]); });
-}
-
 template <class T>
 class Direct {
  public:
@@ -138,7 +89,7 @@ class Direct {
   using Lane = LaneOf<T>;
 
   Direct(const Call& call, const Geometry& g, float* space)
-      : call_(stored(call)),
+      : call_(phased(call) ? of_stored(call) : call),
         g_(g),
         source_(call_, !phased(call)),
         finish_(call_),
@@ -182,12 +133,6 @@ class Direct {
   Finish<T> finish_;
   Weights<T> weights_;
   float *filters_, *scratch_;
-
-  // The call as its algorithm reads it: by phases, a reflected border of the doubled image is a repeated one.
-  static Call stored(Call call) {
-    if (phased(call) && call.padding == Padding::reflect) call.padding = Padding::replicate;
-    return call;
-  }
 
   Scratch scratch_of(int& next) const {
     Scratch s{};
@@ -294,7 +239,8 @@ class Direct {
   void product(int64_t panel, const float* filters, int64_t b, int64_t first, int64_t rows, const float* strips,
                const Scratch& scratch) const {
     const int64_t P = g_.columns.phases, line = P * g_.width * W, block = g_.block * line;
-    const int tail = static_cast<int>(g_.lanes - (g_.groups - 1) * W);
+    const Blocks shape = {nullptr, g_.group, static_cast<int>(g_.groups), 1,
+                          static_cast<int>(g_.lanes - (g_.groups - 1) * W)};
     int64_t* offsets = reinterpret_cast<int64_t*>(scratch.buffer);
     for (int64_t p = 0; p < g_.rows.phases; ++p) {
       const int64_t some = least(rows, ceil_div(call_.height() - p, g_.rows.phases) - first);
@@ -306,8 +252,11 @@ class Direct {
           for (int64_t x = 0; x < width;) {
             const int height = tile_height(width - x);
             with_height(height, [&](auto h) {
-              tap_product<Lane, decltype(h)::value>(
-                  strips + x * W, offsets, taps, g_.groups, tail, g_.group, filters,
+              sum_of_products<Lane, decltype(h)::value>(
+                  shape, taps,
+                  [&](int64_t t) {
+                    return Factors{strips + x * W + offsets[t], filters + t * g_.lanes * kPanelColumns};
+                  },
                   [&](int r, int v, Vec sums) { store(to + v * block + (x + r) * P * W, sums); });
             });
             x += height;

@@ -26,6 +26,30 @@ double winograd_cost(const Call& call) {
   return products + filters + 12 * points * tiles * (in_blocks + blocks);
 }
 
+// The matrices of filters are so many that they are written to memory and read from there.
+constexpr double kFilterByPhases = 32;
+
+template <class Form>
+bool by_phases(const Call& call) {
+  if (call.ieee || !Tiling::halves(call)) return false;
+  return Tiling(call, 0, true).fits(Form::kTaps) && Tiling(call, 1, true).fits(Form::kTaps);
+}
+
+template <class Form>
+double phases_cost(const Call& call) {
+  constexpr int64_t m = Form::kOutputs, n = Form::kInputs;
+  const Tiling y(call, 0, true), x(call, 1, true);
+  const auto both = [&](auto of) { return static_cast<double>(of(y) * of(x)); };
+  const double points = both([](const Tiling& t) { return t.points(0, n) + t.points(t.phases() - 1, n); });
+  const double values = both([](const Tiling& t) { return t.values(0, n) + t.values(t.phases() - 1, n); });
+  const double in = y.inputs > 1 ? points : n * n, out = y.inputs > 1 ? n * n : points;
+  const double tiles = static_cast<double>(call.batch()) * both([](const Tiling& t) { return ceil_div(t.size, m); });
+  const double inputs = static_cast<double>(call.inputs()), in_blocks = static_cast<double>(ceil_div(call.inputs(), W));
+  const double blocks = static_cast<double>(Filters(call).blocks);
+  return points * tiles * inputs * blocks + kFilterByPhases * values * inputs * blocks +
+         12 * tiles * (in * in_blocks + out * blocks);
+}
+
 double planar_cost(const Call& call) {
   const double pixels = static_cast<double>(call.batch()) * static_cast<double>(call.height() * call.width());
   const double taps = static_cast<double>(call.kernel_height() * call.kernel_width());
@@ -69,6 +93,8 @@ constexpr Algorithm kAlgorithms[] = {
      winograd_cost<winograd::F23>},
     {"winograd F(2×2,5×5)", winograd_f25,
      [](const Call& c) { return unstrided(c) && near(c) && square(c, 5) && !c.ieee; }, winograd_cost<winograd::F25>},
+    {"winograd F(4×4,2×2) by phases", winograd_f42_phases, by_phases<winograd::F42>, phases_cost<winograd::F42>},
+    {"winograd F(4×4,3×3) by phases", winograd_f43_phases, by_phases<winograd::F43>, phases_cost<winograd::F43>},
 };
 static_assert(sizeof kAlgorithms <= IRT_MAX_ALGORITHMS * sizeof(Algorithm), "irt_choice has no room for them");
 
@@ -76,13 +102,14 @@ static_assert(sizeof kAlgorithms <= IRT_MAX_ALGORITHMS * sizeof(Algorithm), "irt
 template <size_t kBytes>
 void write_key(const Call& c, char (&key)[kBytes]) {
   const auto at = [](int64_t number) { return static_cast<long long>(number); };
-  snprintf(key, kBytes,
-           "convolution %s %lld>%lld %lldx%lld%s%s stride %lld dilation %lld up %lld pad %d to %lldx%lldx%lld threads "
-           "%d%s " IRT_STRING(INPAINTRT_ISA),
-           single(c) ? "float32" : "bfloat16", at(c.inputs()), at(c.outputs()), at(c.kernel_height()),
-           at(c.kernel_width()), c.gated ? " gated" : "", c.transposed ? " transposed" : "", at(c.stride),
-           at(c.dilation), at(c.upsample), pads(c), at(c.batch()), at(c.height()), at(c.width()), c.threads,
-           c.ieee ? " ieee" : "");
+  snprintf(
+      key, kBytes,
+      "convolution %s %lld>%lld %lldx%lld%s%s stride %lld dilation %lld up %lld%s pad %d to %lldx%lldx%lld threads "
+      "%d%s " IRT_STRING(INPAINTRT_ISA),
+      single(c) ? "float32" : "bfloat16", at(c.inputs()), at(c.outputs()), at(c.kernel_height()), at(c.kernel_width()),
+      c.gated ? " gated" : "", c.transposed ? " transposed" : "", at(c.stride), at(c.dilation), at(c.upsample),
+      c.upsample > 1 && !doubled_by_phases(c) ? " whole" : "", pads(c), at(c.batch()), at(c.height()), at(c.width()),
+      c.threads, c.ieee ? " ieee" : "");
 }
 
 const Algorithm& cheapest(const Call& call) {

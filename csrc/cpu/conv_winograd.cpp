@@ -1,6 +1,6 @@
-// Winograd's algorithm (winograd.h) for square convolutions of stride 1. Transforms and products are float, also of
-// bf16 data, whose 8 bits would not bear the cancellation: what is stored in bf16 is the input and the output, as
-// elsewhere.
+// Winograd's algorithm (winograd.h) for convolutions of stride 1, and by phases (conv_phases.h) for those of stride 2,
+// transposed ones of stride 2 and those of doubled images. Transforms and products are float, also of bf16 data, whose
+// 8 bits would not bear the cancellation: what is stored in bf16 is the input and the output, as elsewhere.
 //
 //   filters:  G g Gᵀ of all filters, n² matrices Cin × Cout, packed for the product. Transformed on every call: a kept
 //             copy would be four times the weights and could be stale.
@@ -14,6 +14,11 @@
 // A dilation of d is d × d convolutions of the image's subsampled grids. A row of tiles has one residue of rows modulo
 // d and all residues of columns: its strips are whole rows of the image, d apart, and tiles read every d-th pixel of
 // them.
+//
+// By phases, each phase has matrices of its own. All share the points, so that phases of inputs are summed as products,
+// in one chain over phases and channels, and phases of outputs are products of the same transformed inputs. A phase
+// with a tap less has a filter that is 0 at ∞ and leaves that point out: a stride of 2 takes 5 + 4 products of one
+// dimension for four outputs of three taps (3·4 directly), 5 + 5 for four taps, 6 + 5 for five.
 #include "conv_algorithms.h"
 #include "conv_finish.h"
 #include "conv_source.h"
@@ -26,10 +31,32 @@ namespace irt::INPAINTRT_ISA::conv {
 namespace {
 
 constexpr int64_t kTilesPerBlock = 32;  // 32 × 512 channels × 36 floats are 2.4 MB, and the products' heights are full
+constexpr int64_t kManyFilters = 64;    // matrices: each block reads all of them, so let there be half as many blocks
+
+// Which number a matrix has: those of each pair of phases lie one after the other, row by row.
+struct Grid {
+  int64_t rows[Tiling::kMostPhases], columns[Tiling::kMostPhases], all = 0;
+
+  // height(p) × width(q) matrices for each pair of phases.
+  template <class Height, class Width>
+  Grid(int64_t phases_y, int64_t phases_x, const Height& height, const Width& width) {
+    for (int64_t p = 0; p < phases_y; ++p) rows[p] = height(p);
+    for (int64_t q = 0; q < phases_x; ++q) columns[q] = width(q);
+    for (int64_t p = 0; p < phases_y; ++p) {
+      for (int64_t q = 0; q < phases_x; ++q) first_[p][q] = all, all += rows[p] * columns[q];
+    }
+  }
+  int64_t at(int64_t p, int64_t q, int64_t i, int64_t j) const { return first_[p][q] + i * columns[q] + j; }
+
+ private:
+  int64_t first_[Tiling::kMostPhases][Tiling::kMostPhases];
+};
 
 // Sizes, and the places in the workspace.
 struct Sizes {
+  Tiling y, x;
   Filters filters;
+  Grid in, out, values;  // the matrices of transformed inputs, of products and of transformed filters
   int64_t inputs, in_blocks, panels;
   int64_t tiles_x, tiles_y, rows, blocks;            // rows of tiles in a block, blocks in an image
   int64_t in_pixels, out_pixels;                     // of a strip's row
@@ -37,22 +64,29 @@ struct Sizes {
   int64_t in_point, out_point, filter_point, strip;  // floats between the matrices, odd vectors likewise; of strips
   int threads;
 
-  explicit Sizes(const Call& call) : filters(call), inputs(call.inputs()) {}
-};
-
-template <class Form>
-struct WinogradGeometry : Sizes {
-  static constexpr int64_t m = Form::kOutputs, n = Form::kInputs, kPoints = n * n;
-
-  explicit WinogradGeometry(const Call& call) : Sizes(call) {
-    const int64_t d = call.dilation, width = call.width();
+  // m outputs from n inputs.
+  Sizes(const Call& call, bool by_phases, int64_t m, int64_t n)
+      : y(call, 0, by_phases),
+        x(call, 1, by_phases),
+        filters(call),
+        in(
+            y.inputs, x.inputs, [&](int64_t p) { return y.inputs > 1 ? y.points(p, n) : n; },
+            [&](int64_t q) { return x.inputs > 1 ? x.points(q, n) : n; }),
+        out(
+            y.outputs, x.outputs, [&](int64_t p) { return y.outputs > 1 ? y.points(p, n) : n; },
+            [&](int64_t q) { return x.outputs > 1 ? x.points(q, n) : n; }),
+        values(
+            y.phases(), x.phases(), [&](int64_t p) { return y.values(p, n); },
+            [&](int64_t q) { return x.values(q, n); }),
+        inputs(call.inputs()) {
+    const int64_t d = call.dilation;
     in_blocks = ceil_div(inputs, W), panels = ceil_div(filters.blocks, kPanelVectors);
-    tiles_x = tiles_along(width, d, m), tiles_y = tiles_along(call.height(), d, m);
-    const int64_t last =
-        (ceil_div(ceil_div(width, d), m) - 1) * m * d + least(d, width) - 1;  // of tiles' first columns
-    in_pixels = last + (n - 1) * d + 1, out_pixels = last + (m - 1) * d + 1;
+    tiles_x = tiles_along(x.size, d, m), tiles_y = tiles_along(y.size, d, m);
+    const int64_t last = (ceil_div(ceil_div(x.size, d), m) - 1) * m * d + least(d, x.size) - 1;  // of tiles' beginnings
+    in_pixels = x.in_scale * (last + (n - 1) * d + 1);
+    out_pixels = x.out_scale * (last + (m - 1) * d + 1) - x.out_first;
     threads = threads_of(call, call.batch() * tiles_y);
-    const int64_t wanted = ceil_div(tiles_y * tiles_x, kTilesPerBlock);
+    const int64_t wanted = ceil_div(tiles_y * tiles_x, (values.all > kManyFilters ? 2 : 1) * kTilesPerBlock);
     blocks = least(tiles_y, ceil_div(most(wanted, 1), threads) * threads);  // as many for each thread
     rows = ceil_div(tiles_y, blocks);
     blocks = ceil_div(tiles_y, rows);
@@ -61,43 +95,80 @@ struct WinogradGeometry : Sizes {
     filter_point = (panels * inputs * kPanelVectors | 1) * W;
     strip = most(n * in_pixels, (call.gated ? 2 : 1) * m * out_pixels) * W;
   }
-  int64_t filter_floats() const { return vectors(kPoints * filter_point); }
+  int64_t filter_floats() const { return vectors(values.all * filter_point); }
   int64_t start_floats() const { return vectors(tiles_x); }
-  int64_t thread_floats() const { return vectors(kPoints * (in_point + out_point) + strip); }
+  int64_t thread_floats() const { return vectors(in.all * in_point + out.all * out_point) + vectors(strip); }
   int64_t floats() const { return filter_floats() + start_floats() + threads * thread_floats(); }
 };
 
+template <class Form, bool kPhases>
+struct WinogradGeometry : Sizes {
+  explicit WinogradGeometry(const Call& call) : Sizes(call, kPhases, Form::kOutputs, Form::kInputs) {}
+};
+
 // The products of a block of tiles with one panel of filters, at all points; the same for all forms.
-void multiply(const Sizes& g, int64_t points, int64_t tiles, const float* panel, const float* inputs, float* outputs) {
-  const int tail = static_cast<int>(g.inputs - (g.in_blocks - 1) * W);
-  for (int64_t p = 0; p < points; ++p) {
-    const Blocks a = {inputs + p * g.in_point, g.tiles * W, static_cast<int>(g.in_blocks), 1, tail};
-    float* to = outputs + p * g.out_point;
-    gemm(a, tiles, panel + p * g.filter_point, 1,
-         [&](int, int64_t tile, int v, Vec sums) { store(to + (v * g.tiles + tile) * W, sums); });
+void multiply(const Sizes& g, int64_t tiles, const float* panel, const float* inputs, float* outputs) {
+  const Blocks shape = {nullptr, g.tiles * W, static_cast<int>(g.in_blocks), 1,
+                        static_cast<int>(g.inputs - (g.in_blocks - 1) * W)};
+  Factors factors[Tiling::kMostPhases * Tiling::kMostPhases];
+  // All phases of inputs that have point (i, j), for the outputs of phases p and q.
+  const auto factors_at = [&](int64_t p, int64_t q, int64_t i, int64_t j) {
+    int64_t count = 0;
+    for (int64_t s = 0; s < g.y.inputs; ++s) {
+      for (int64_t t = 0; t < g.x.inputs; ++t) {
+        if (i >= g.in.rows[s] || j >= g.in.columns[t]) continue;
+        const int64_t value = g.values.at(p + s, q + t, least(i, g.values.rows[p + s] - 1),  //
+                                          least(j, g.values.columns[q + t] - 1));
+        factors[count++] = {inputs + g.in.at(s, t, i, j) * g.in_point, panel + value * g.filter_point};
+      }
+    }
+    return count;
+  };
+  for (int64_t p = 0; p < g.y.outputs; ++p) {
+    for (int64_t q = 0; q < g.x.outputs; ++q) {
+      for (int64_t i = 0; i < g.out.rows[p]; ++i) {
+        for (int64_t j = 0; j < g.out.columns[q]; ++j) {
+          const int64_t count = factors_at(p, q, i, j);
+          float* to = outputs + g.out.at(p, q, i, j) * g.out_point;
+          gemm(shape, factors, count, tiles, 1,
+               [&](int, int64_t tile, int v, Vec sums) { store(to + (v * g.tiles + tile) * W, sums); });
+        }
+      }
+    }
   }
 }
 
-template <class Form, class T>
+// visit(all or all but one of n points, as a type)
+template <int n, bool kPhases, class Visit>
+void with_points(int64_t points, const Visit& visit) {
+  if constexpr (kPhases) {
+    if (points < n) return visit(Height<n - 1>());
+  }
+  visit(Height<n>());
+}
+
+template <class Form, bool kPhases, class T>
 class Winograd {
  public:
-  using Geometry = WinogradGeometry<Form>;
+  using Geometry = WinogradGeometry<Form, kPhases>;
 
   Winograd(const Call& call, const Geometry& g, float* space)
-      : call_(call),
+      : call_(kPhases && call.upsample > 1 ? of_stored(call) : call),
         g_(g),
-        source_(call, true),
-        finish_(call),
-        weights_(call),
+        source_(call_, !kPhases),
+        finish_(call_),
+        weights_(call_),
         filters_(space),
         starts_(reinterpret_cast<int32_t*>(space + g.filter_floats())),
         scratch_(space + g.filter_floats() + g.start_floats()) {}
+  Winograd(const Winograd&) = delete;
+  Winograd& operator=(const Winograd&) = delete;
 
   void run() {
     const int64_t d = call_.dilation;
     int32_t* start = starts_;
-    for (int64_t r = 0; r < least(d, call_.width()); ++r) {
-      for (int64_t x = r; x < call_.width(); x += m * d) *start++ = static_cast<int32_t>(x);
+    for (int64_t r = 0; r < least(d, g_.x.size); ++r) {
+      for (int64_t u = r; u < g_.x.size; u += m * d) *start++ = static_cast<int32_t>(u);
     }
     parallel_for(g_.panels * kPanelVectors, 1, g_.threads, [&](int64_t begin, int64_t end) {
       for (int64_t o = begin; o < end; ++o) transform_filters(o);
@@ -105,15 +176,15 @@ class Winograd {
     int next = 0;
     parallel_for(call_.batch() * g_.blocks, 1, g_.threads, [&](int64_t from, int64_t to) {
       float* inputs = scratch_ + __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED) * g_.thread_floats();
-      float* outputs = inputs + kPoints * g_.in_point;
-      float* strip = outputs + kPoints * g_.out_point;
+      float* outputs = inputs + g_.in.all * g_.in_point;
+      float* strip = outputs + g_.out.all * g_.out_point;
       for (int64_t i = from; i < to; ++i) {
         const int64_t b = i / g_.blocks, first = i % g_.blocks * g_.rows, rows = least(g_.rows, g_.tiles_y - first);
         for (int64_t block = 0; block < g_.in_blocks; ++block) {
           for (int64_t r = 0; r < rows; ++r) transform_inputs(b, first + r, r, block, strip, inputs);
         }
         for (int64_t panel = 0; panel < g_.panels; ++panel) {
-          multiply(g_, kPoints, rows * g_.tiles_x, filters_ + panel * g_.inputs * kPanelColumns, inputs, outputs);
+          multiply(g_, rows * g_.tiles_x, filters_ + panel * g_.inputs * kPanelColumns, inputs, outputs);
           const int64_t begin = panel * kPanelVectors, end = least(begin + kPanelVectors, g_.filters.blocks);
           for (int64_t o = begin; o < end; o += call_.gated ? 2 : 1) {
             for (int64_t r = 0; r < rows; ++r) transform_outputs(b, first + r, r, o, strip, outputs);
@@ -125,117 +196,158 @@ class Winograd {
 
  private:
   static constexpr int m = Form::kOutputs, n = Form::kInputs, t = Form::kTaps;
-  static constexpr int64_t kPoints = Geometry::kPoints;
 
-  const Call& call_;
+  const Call call_;
   const Geometry& g_;
   Source<T, Single> source_;
   Finish<T> finish_;
   Weights<T> weights_;
   float* filters_;
-  int32_t* starts_;  // the first column of each tile of a row
+  int32_t* starts_;  // where each tile of a row begins
   float* scratch_;
 
-  // The first row of outputs of a row of tiles.
-  int64_t first_row(int64_t tile_y) const {
+  // Where a row of tiles begins.
+  int64_t start_of_row(int64_t tile_y) const {
     const int64_t d = call_.dilation;
     int64_t residue = 0;
     for (;; ++residue) {
-      const int64_t tiles = ceil_div(ceil_div(call_.height() - residue, d), m);
+      const int64_t tiles = ceil_div(ceil_div(g_.y.size - residue, d), m);
       if (tile_y < tiles) break;
       tile_y -= tiles;
     }
     return residue + tile_y * m * d;
   }
 
-  // ---- filters: → [point][panel][Cin][panel's columns], one vector of outputs at a time
+  // ---- filters: → [matrix][panel][Cin][panel's columns], one vector of outputs at a time
 
   void transform_filters(int64_t o) const {
+    constexpr int64_t kMostTaps = kPhases ? Tiling::kLongest * Tiling::kLongest : t * t;
+    const int64_t kernel = call_.kernel_height() * call_.kernel_width();
     float* to = filters_ + (o / kPanelVectors * g_.inputs * kPanelVectors + o % kPanelVectors) * W;
-    alignas(64) float taps[W * t * t * W];  // [channel][tap][lane]
+    alignas(64) float taps[W * kMostTaps * W];  // [channel][tap][lane]
     for (int64_t c = 0; c < g_.inputs; c += W) {
       const int64_t some = least(W, g_.inputs - c);
       weights_.read(o, c, some, taps);
       for (int64_t k = 0; k < some; ++k) {
-        const float* at = taps + k * t * t * W;
+        const float* from = taps + k * kernel * W;
         float* target = to + (c + k) * kPanelColumns;
-        Vec half[n][t];
-        for (int j = 0; j < t; ++j) {
-          Vec column[t], result[n];
-          for (int i = 0; i < t; ++i) column[i] = load(at + (t * i + j) * W);
-          Form::filter(column, result);
-          for (int i = 0; i < n; ++i) half[i][j] = result[i];
-        }
-        for (int i = 0; i < n; ++i) {
-          Vec result[n];
-          Form::filter(half[i], result);
-          for (int j = 0; j < n; ++j) store(target + (n * i + j) * g_.filter_point, result[j]);
+        if constexpr (kPhases) {
+          transform_phases(from, target);
+        } else {
+          transform_filter([&](int i, int j) { return load(from + (t * i + j) * W); }, 0, 0, target);
         }
       }
     }
   }
 
+  // A filter's taps in each pair of phases: those that read the same pixel are summed.
+  void transform_phases(const float* from, float* to) const {
+    for (int64_t p = 0; p < g_.y.phases(); ++p) {
+      for (int64_t q = 0; q < g_.x.phases(); ++q) {
+        Vec taps[t][t];
+        for (int64_t i = 0; i < call_.kernel_height(); ++i) {
+          for (int64_t j = 0; j < call_.kernel_width(); ++j) {
+            const int row = g_.y.tap[p][i], column = g_.x.tap[q][j];
+            if (row < 0 || column < 0) continue;
+            taps[row][column] = taps[row][column] + load(from + (i * call_.kernel_width() + j) * W);
+          }
+        }
+        transform_filter([&](int i, int j) { return taps[i][j]; }, p, q, to);
+      }
+    }
+  }
+
+  template <class Get>
+  void transform_filter(const Get& get, int64_t p, int64_t q, float* to) const {
+    winograd::transform_2d<t, n>(Form::filter, get, [&](int i, int j, Vec v) {
+      if (kPhases && (i >= g_.values.rows[p] || j >= g_.values.columns[q])) return;
+      store(to + g_.values.at(p, q, i, j) * g_.filter_point, v);
+    });
+  }
+
   // ---- inputs
 
   void transform_inputs(int64_t b, int64_t tile_y, int64_t r, int64_t block, float* strip, float* to) const {
-    const int64_t d = call_.dilation, pixels = g_.in_pixels, y = first_row(tile_y) - call_.top;
-    for (int64_t i = 0; i < n; ++i) {
-      source_.read(b, block, y + i * d, -call_.left, pixels, strip + i * pixels * W);
-    }
+    const int64_t d = g_.y.in_scale * call_.dilation, pixels = g_.in_pixels;
+    const int64_t first = g_.y.in_scale * start_of_row(tile_y) + g_.y.in_first;
     float* target = to + (block * g_.tiles + r * g_.tiles_x) * W;
-    for (int64_t tile = 0; tile < g_.tiles_x; ++tile) {
-      const float* from = strip + starts_[tile] * W;
+    for (int64_t p = 0; p < g_.y.inputs; ++p) {
+      for (int64_t i = 0; i < g_.in.rows[p]; ++i) {
+        source_.read(b, block, first + i * d + p, g_.x.in_first, pixels, strip + i * pixels * W);
+      }
+      for (int64_t q = 0; q < g_.x.inputs; ++q) {
+        with_points<n, kPhases>(g_.in.rows[p], [&](auto rows) {
+          with_points<n, kPhases>(g_.in.columns[q], [&](auto columns) {
+            transform_phase<decltype(rows)::value, decltype(columns)::value>(
+                strip + q * W, d, target + g_.in.at(p, q, 0, 0) * g_.in_point);
+          });
+        });
+      }
+    }
+  }
+
+  // Without the last row or column where that is ∞.
+  template <int kRows, int kColumns>
+  void transform_phase(const float* strip, int64_t d, float* to) const {
+    const int64_t tiles = g_.tiles_x, scale = g_.x.in_scale, row = g_.in_pixels, point = g_.in_point;
+    for (int64_t tile = 0; tile < tiles; ++tile) {
+      const float* from = strip + starts_[tile] * scale * W;
+      float* target = to + tile * W;
       winograd::transform_2d<n, n>(
-          Form::input, [&](int i, int j) { return load(from + (i * pixels + j * d) * W); },
-          [&](int i, int j, Vec v) { store(target + (n * i + j) * g_.in_point + tile * W, v); });
+          Form::input,
+          [=](int i, int j) { return i < kRows && j < kColumns ? load(from + (i * row + j * d) * W) : Vec(0.0f); },
+          [=](int i, int j, Vec v) {
+            if (i < kRows && j < kColumns) store(target + (kColumns * i + j) * point, v);
+          });
     }
   }
 
   // ---- outputs
 
   void transform_outputs(int64_t b, int64_t tile_y, int64_t r, int64_t o, float* strip, const float* from) const {
-    const int64_t d = call_.dilation, pixels = g_.out_pixels, y = first_row(tile_y), half = m * pixels * W;
-    const int64_t rows = least(m, ceil_div(call_.height() - y, d)), blocks = call_.gated ? 2 : 1;
-    for (int64_t k = 0; k < blocks; ++k) {
-      const float* source = from + ((o % kPanelVectors + k) * g_.tiles + r * g_.tiles_x) * W;
-      for (int64_t tile = 0; tile < g_.tiles_x; ++tile) {
-        float* to = strip + k * half + starts_[tile] * W;
-        transform_tile(source + tile * W, [&](int i, int j, Vec v) { store(to + (i * pixels + j * d) * W, v); });
+    const int64_t d = g_.y.out_scale * call_.dilation, pixels = g_.out_pixels, half = m * pixels * W;
+    const int64_t first = g_.y.out_scale * start_of_row(tile_y) + g_.y.out_first, blocks = call_.gated ? 2 : 1;
+    for (int64_t p = 0; p < g_.y.outputs; ++p) {
+      for (int64_t k = 0; k < blocks; ++k) {
+        const float* source = from + ((o % kPanelVectors + k) * g_.tiles + r * g_.tiles_x) * W;
+        for (int64_t q = 0; q < g_.x.outputs; ++q) {
+          with_points<n, kPhases>(g_.out.rows[p], [&](auto rows) {
+            with_points<n, kPhases>(g_.out.columns[q], [&](auto columns) {
+              collect_phase<decltype(rows)::value, decltype(columns)::value>(
+                  source + g_.out.at(p, q, 0, 0) * g_.out_point, d, strip + k * half + g_.x.offset[q] * W);
+            });
+          });
+        }
       }
-    }
-    for (int64_t i = 0; i < rows; ++i) {
-      float* sums = strip + i * pixels * W;
-      finish_(b, g_.filters.unit(o), y + i * d, 0, call_.width(), sums, sums + half);
+      for (int64_t i = 0; i < m; ++i) {
+        const int64_t y = first + g_.y.offset[p] + i * d;
+        if (y < 0 || y >= call_.height()) continue;
+        float* sums = strip + (i * pixels - g_.x.out_first) * W;
+        finish_(b, g_.filters.unit(o), y, 0, call_.width(), sums, sums + half);
+      }
     }
   }
 
-  // n×n → m×m, so not the square transform_2d.
-  template <class Put>
-  void transform_tile(const float* from, const Put& put) const {
-    Vec half[m][n];
-#pragma GCC unroll 6
-    for (int j = 0; j < n; ++j) {
-      Vec column[n], result[m];
-#pragma GCC unroll 6
-      for (int i = 0; i < n; ++i) column[i] = load(from + (n * i + j) * g_.out_point);
-      Form::output(column, result);
-#pragma GCC unroll 4
-      for (int i = 0; i < m; ++i) half[i][j] = result[i];
-    }
-#pragma GCC unroll 4
-    for (int i = 0; i < m; ++i) {
-      Vec result[m];
-      Form::output(half[i], result);
-#pragma GCC unroll 4
-      for (int j = 0; j < m; ++j) put(i, j, result[j]);
+  template <int kRows, int kColumns>
+  void collect_phase(const float* from, int64_t d, float* strip) const {
+    const int64_t tiles = g_.tiles_x, scale = g_.x.out_scale, row = g_.out_pixels, point = g_.out_point;
+    for (int64_t tile = 0; tile < tiles; ++tile) {
+      const float* source = from + tile * W;
+      float* to = strip + starts_[tile] * scale * W;
+      winograd::transform_2d<n, m>(
+          Form::output,
+          [=](int i, int j) {
+            return i < kRows && j < kColumns ? load(source + (kColumns * i + j) * point) : Vec(0.0f);
+          },
+          [=](int i, int j, Vec v) { store(to + (i * row + j * d) * W, v); });
     }
   }
 };
 
-template <class Form>
+template <class Form, bool kPhases = false>
 void run_form(const Call& call, irt_status& status) {
-  if (call.x->dtype == IRT_F32) return run_as<Winograd<Form, float>>(call, status);
-  if (call.x->dtype == IRT_BF16) return run_as<Winograd<Form, bf16>>(call, status);
+  if (call.x->dtype == IRT_F32) return run_as<Winograd<Form, kPhases, float>>(call, status);
+  if (call.x->dtype == IRT_BF16) return run_as<Winograd<Form, kPhases, bf16>>(call, status);
   fail(status, IRT_UNSUPPORTED, "dtype must be float32 or bfloat16");
 }
 
@@ -244,5 +356,7 @@ void run_form(const Call& call, irt_status& status) {
 void winograd_f43(const Call& call, irt_status& status) { run_form<winograd::F43>(call, status); }
 void winograd_f23(const Call& call, irt_status& status) { run_form<winograd::F23>(call, status); }
 void winograd_f25(const Call& call, irt_status& status) { run_form<winograd::F25>(call, status); }
+void winograd_f42_phases(const Call& call, irt_status& status) { run_form<winograd::F42, true>(call, status); }
+void winograd_f43_phases(const Call& call, irt_status& status) { run_form<winograd::F43, true>(call, status); }
 
 }  // namespace irt::INPAINTRT_ISA::conv

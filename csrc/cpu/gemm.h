@@ -33,10 +33,6 @@ constexpr int kPanelColumns = kPanelVectors * Vec::kWidth;
 // Products of pairs, whose factors and results have 8 bits, gain nothing by it: they are one chain.
 constexpr int kChain = 64;
 
-// Sums live in registers only where the compiler sees that nobody else holds them: what takes them by reference must be
-// part of its caller.
-#define IRT_INLINE __attribute__((always_inline)) static inline
-
 // A as read by `gemm`: `groups` blocks of kWidth channels, the last `tails` of them only `tail` channels wide. (Complex
 // data has two narrow blocks, of real and imaginary parts; what lies beyond `tail` is never read.)
 struct Blocks {
@@ -68,17 +64,6 @@ IRT_INLINE void accumulate(const float* a, const float* b, int channels, Vec (&s
   }
 }
 
-// sums = the products of kRows rows at `a` with a panel at `b`, over groups [g, stop); a and b move on.
-template <class Lane, int kRows>
-IRT_INLINE void chain(const Blocks& blocks, const float*& a, const float*& b, int g, int stop,
-                      Vec (&sums)[kRows][kPanelVectors]) {
-  for (; g < stop; ++g, a += blocks.stride) {
-    const int channels = g < blocks.groups - blocks.tails ? Vec::kWidth : blocks.tail;
-    accumulate<Lane, kRows>(a, b, channels, sums);
-    b += static_cast<int64_t>(channels) * kPanelColumns;
-  }
-}
-
 // visit(r, v) for all vectors of a tile.
 template <int kRows, class Visit>
 IRT_INLINE void each(const Visit& visit) {
@@ -89,23 +74,52 @@ IRT_INLINE void each(const Visit& visit) {
   }
 }
 
-// The products of rows [row, row + kRows) with one panel; `end` takes each vector of results.
-template <class Lane, int kRows, class End>
-static inline void tile_product(const Blocks& blocks, int64_t row, const float* b, const End& end) {
-  constexpr int kGroups = Lane::kChannels == 1 ? kChain / Vec::kWidth : INT_MAX;
-  const float* a = blocks.data + row * Vec::kWidth;
-  if (blocks.groups <= kGroups) {
+// One of several products that are summed: rows of A and a panel of B.
+struct Factors {
+  const float *a, *b;
+};
+
+// Where a sum of products has come to: group g of product t.
+struct Place {
+  int64_t t;
+  int g;
+  Factors factors;
+};
+
+// sums += the next chain of a sum of `count` products: as many groups as give it `longest` channels, of one product or
+// of several.
+template <class Lane, int kRows, class Of>
+IRT_INLINE void chain(const Blocks& shape, int64_t count, const Of& factors, int longest, Place& at,
+                      Vec (&sums)[kRows][kPanelVectors]) {
+  for (int length = 0; length < longest && at.t < count;) {
+    const int channels = at.g < shape.groups - shape.tails ? Vec::kWidth : shape.tail;
+    accumulate<Lane, kRows>(at.factors.a, at.factors.b, channels, sums);
+    at.factors.a += shape.stride, at.factors.b += static_cast<int64_t>(channels) * kPanelColumns;
+    length += channels;
+    if (++at.g < shape.groups) continue;
+    at.g = 0;
+    if (++at.t < count) at.factors = factors(at.t);
+  }
+}
+
+// The sum of `count` products of kRows rows with a panel each, factors(t), whose rows lie as `shape` says (but not
+// where); end(row, vector, sums).
+template <class Lane, int kRows, class Of, class End>
+static inline void sum_of_products(const Blocks& shape, int64_t count, const Of& factors, const End& end) {
+  constexpr int kLongest = Lane::kChannels == 1 ? kChain : INT_MAX;
+  Place at = {0, 0, factors(0)};
+  if (count * shape.groups <= kLongest / Vec::kWidth) {
     Vec sums[kRows][kPanelVectors];
-    chain<Lane, kRows>(blocks, a, b, 0, blocks.groups, sums);
-    return each<kRows>([&](int r, int v) { end(row + r, v, sums[r][v]); });
+    chain<Lane, kRows>(shape, count, factors, INT_MAX, at, sums);
+    return each<kRows>([&](int r, int v) { end(r, v, sums[r][v]); });
   }
   Vec totals[kRows][kPanelVectors];
-  for (int g = 0; g < blocks.groups; g += kGroups) {
+  while (at.t < count) {
     Vec sums[kRows][kPanelVectors];
-    chain<Lane, kRows>(blocks, a, b, g, g + kGroups < blocks.groups ? g + kGroups : blocks.groups, sums);
+    chain<Lane, kRows>(shape, count, factors, kLongest, at, sums);
     each<kRows>([&](int r, int v) { totals[r][v] = totals[r][v] + sums[r][v]; });
   }
-  each<kRows>([&](int r, int v) { end(row + r, v, totals[r][v]); });
+  each<kRows>([&](int r, int v) { end(r, v, totals[r][v]); });
 }
 
 template <int kRows>
@@ -144,21 +158,31 @@ static inline int tile_height(int64_t left) {
   return static_cast<int>(left <= kTileRows ? left : left < 2 * kTileRows ? (left + 1) / 2 : kTileRows);
 }
 
-// end(panel, row, vector, sums) for all rows of A and all panels of B; sums are columns [panel · kPanelColumns +
-// vector · kWidth, … + kWidth) of A·B in that row.
+// end(panel, row, vector, sums) for all rows and all panels of a sum of `count` products, whose panels lie one after
+// the other; sums are columns [panel · kPanelColumns + vector · kWidth, … + kWidth) of it in that row.
 template <class Lane = Single, class End>
-static inline void gemm(const Blocks& a, int64_t rows, const float* packed, int panels, const End& end) {
-  const int64_t stride = panel_floats(a);
+static inline void gemm(const Blocks& shape, const Factors* factors, int64_t count, int64_t rows, int panels,
+                        const End& end) {
+  const int64_t stride = panel_floats(shape);
   for (int64_t row = 0; row < rows;) {
     const int height = tile_height(rows - row);
     for (int panel = 0; panel < panels; ++panel) {
       with_height(height, [&](auto h) {
-        tile_product<Lane, decltype(h)::value>(a, row, packed + panel * stride,
-                                               [&](int64_t at, int v, Vec sums) { end(panel, at, v, sums); });
+        sum_of_products<Lane, decltype(h)::value>(
+            shape, count,
+            [&](int64_t t) { return Factors{factors[t].a + row * Vec::kWidth, factors[t].b + panel * stride}; },
+            [&](int r, int v, Vec sums) { end(panel, row + r, v, sums); });
       });
     }
     row += height;
   }
+}
+
+// Likewise, of one product A·B.
+template <class Lane = Single, class End>
+static inline void gemm(const Blocks& a, int64_t rows, const float* packed, int panels, const End& end) {
+  const Factors factors = {a.data, packed};
+  gemm<Lane>(a, &factors, 1, rows, panels, end);
 }
 
 }  // namespace irt::INPAINTRT_ISA

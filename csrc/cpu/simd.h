@@ -11,6 +11,10 @@
 #include <cstring>
 #include <type_traits>
 
+// Vectors live in registers only where the compiler sees that nobody else holds them: what takes them by reference must
+// be part of its caller.
+#define IRT_INLINE __attribute__((always_inline)) static inline
+
 namespace irt::INPAINTRT_ISA {
 
 struct f16 {

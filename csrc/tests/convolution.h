@@ -54,7 +54,13 @@ struct Setting {
   }
   void pad(int64_t all) { std::fill(pads, pads + 4, all); }
   // Whether the engine may take one of Winograd's forms.
-  bool spreads() const { return !transposed && stride == 1 && kh == kw && (kh == 3 || kh == 5); }
+  bool spreads() const {
+    const bool plain = !transposed && stride == 1 && kh == kw && (kh == 3 || kh == 5);
+    const auto taps = [&](int64_t side) { return stride == 2 ? (side + 1) / 2 : side / 2 + 1; };
+    const bool two = (stride == 2 && upsample == 1) || (stride == 1 && upsample == 2);
+    const bool phases = two && dilation == 1 && taps(kh) == taps(kw) && (taps(kh) == 2 || taps(kh) == 3);
+    return plain || phases;
+  }
   std::string text() const {
     char line[400];
     const auto n = [](int64_t i) { return static_cast<long long>(i); };

@@ -51,6 +51,7 @@ struct Algorithm {
   int64_t kernel;  // or 0: any
   bool spreads;    // see convolution.h
   double units;
+  int64_t taps = 0;  // of the largest phase, if it goes by phases
 };
 const Algorithm kAlgorithms[] = {
     {"direct", conv::direct, 0, false, kDirectUnits},
@@ -59,15 +60,23 @@ const Algorithm kAlgorithms[] = {
     {"F(4x4, 3x3)", conv::winograd_f43, 3, true, kWinogradUnits},
     {"F(2x2, 3x3)", conv::winograd_f23, 3, true, kWinogradIeeeUnits},
     {"F(2x2, 5x5)", conv::winograd_f25, 5, true, kWinogradUnits},
+    {"F(4x4, 2x2) by phases", conv::winograd_f42_phases, 3, true, kWinogradUnits, 2},
+    {"F(4x4, 3x3) by phases", conv::winograd_f43_phases, 5, true, kWinogradUnits, 3},
 };
 
 double largest = 0.0;
+
+bool goes_by_phases(const conv::Call& call, int64_t taps) {
+  return conv::Tiling::halves(call) && conv::Tiling(call, 0, true).fits(taps) && conv::Tiling(call, 1, true).fits(taps);
+}
 
 void check_algorithm(const Algorithm& algorithm, Random& random, const Setting& setting, int threads = 1) {
   const Convolution c(random, setting);
   const Convolution::Arguments arguments(c);
   irt_view parts[2];
   const conv::Call call = engine_call(c, arguments, parts, threads);
+  CHECK(!algorithm.taps || goes_by_phases(call, algorithm.taps), "%s does not cover %s", algorithm.name,
+        setting.text().c_str());
   irt_status status{};
   algorithm.run(call, status);
   CHECK(status.code == IRT_OK, "%s, %s: status %d '%s'", algorithm.name, setting.text().c_str(), status.code,
@@ -75,9 +84,26 @@ void check_algorithm(const Algorithm& algorithm, Random& random, const Setting& 
   largest = std::max(largest, check_result(c, c.truth(algorithm.spreads), algorithm.units, algorithm.name));
 }
 
+// A kernel and what makes two phases of it, of as many taps as the algorithm has.
+void halve(Setting& s, int64_t taps, Random& random) {
+  const auto longest = [&] { return 2 * taps - random.between(0, 1); };
+  const int64_t kind = s.op == Op::gated ? 0 : random.between(0, 2);
+  s.kh = longest(), s.kw = longest(), s.dilation = s.upsample = 1, s.stride = 2, s.transposed = kind == 1;
+  if (kind != 1) s.output_padding = 0;
+  if (kind == 1) s.mode = kModes[0], s.output_padding = random.between(0, 1);
+  if (kind < 2) return;
+  s.stride = 1, s.upsample = 2, s.kh = s.kw = 2 * taps - 1;
+  if (!strcmp(s.mode, "reflect")) s.pad(1);
+}
+
 Setting setting_for(const Algorithm& algorithm, Random& random) {
   for (;;) {
     Setting s = random_setting(random, random.between(0, 2) ? Op::fused : Op::gated);
+    if (algorithm.taps) {
+      halve(s, algorithm.taps, random);
+      if (s.possible()) return s;
+      continue;
+    }
     if (algorithm.run != conv::direct) s.stride = 1, s.transposed = false, s.output_padding = 0;
     if (algorithm.kernel) s.kh = s.kw = algorithm.kernel;
     if (algorithm.run == conv::pointwise) s.pad(0);
@@ -105,9 +131,27 @@ void every_number_of_tiles() {
     for (int64_t size = 1; size <= 14; ++size) {
       Setting s;
       s.kh = s.kw = algorithm.kernel, s.inputs = 3, s.outputs = 2;
-      s.dilation = 1 + size % 3, s.pad(s.dilation * (s.kh / 2));
       s.h = size, s.w = 15 - size;
-      check_algorithm(algorithm, random, s);
+      if (!algorithm.taps) {
+        s.dilation = 1 + size % 3, s.pad(s.dilation * (s.kh / 2));
+        check_algorithm(algorithm, random, s);
+        continue;
+      }
+      for (s.stride = 2; s.kh <= 2 * algorithm.taps; ++s.kh, ++s.kw) {
+        for (int64_t side = 0; side < 4; ++side) {  // more on one side than on the other, too
+          s.pads[0] = s.pads[1] = side, s.pads[2] = s.pads[3] = (side + size) % 3;
+          s.transposed = false;
+          if (s.possible()) check_algorithm(algorithm, random, s);
+          s.transposed = true, s.output_padding = side % 2;
+          if (s.possible()) check_algorithm(algorithm, random, s);
+          s.output_padding = 0;
+        }
+      }
+      s.stride = 1, s.upsample = 2, s.transposed = false, s.kh = s.kw = algorithm.kernel;
+      for (int64_t side = 0; side < 4; ++side) {
+        s.pads[0] = s.pads[1] = side, s.pads[2] = s.pads[3] = (side + size) % 3;
+        if (s.possible()) check_algorithm(algorithm, random, s);
+      }
     }
   }
 }
@@ -120,6 +164,7 @@ void long_sums() {
     for (int64_t inputs : {65, 130, 256}) {
       Setting s;
       s.kh = s.kw = algorithm.kernel ? algorithm.kernel : 2, s.inputs = inputs, s.outputs = 3, s.h = 6, s.w = 7;
+      s.stride = algorithm.taps ? 2 : 1;
       check_algorithm(algorithm, random, s);
     }
     check::note("%s: float32 at most %.2f of %.2f units", algorithm.name, largest, algorithm.units);
@@ -181,6 +226,7 @@ void check_transforms(const char* name, Random& random, bool whole) {
 void transforms_are_convolutions() {
   Random random{5};
   check_transforms<winograd::F23>("F(2, 3)", random, false);
+  check_transforms<winograd::F42>("F(4, 2)", random, false);
   check_transforms<winograd::F43>("F(4, 3)", random, false);
   check_transforms<winograd::F25>("F(2, 5)", random, false);
   check_transforms<winograd::F23>("F(2, 3) of whole numbers", random, true);  // has no other factor than 1/2: exact

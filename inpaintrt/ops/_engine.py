@@ -25,7 +25,28 @@ def cpu_refuses(x: Tensor, weight: Tensor, stride: int, padding: Sequence[int], 
         yield f"the stride is {stride}; up to {LARGEST_STRIDE} is covered"
 
 
-def cpu_numerics(x: Tensor, weight: Tensor, stride: int, padding: Sequence[int], dilation: int) -> Numerics:
-    """Winograd's where its algorithm may run: float32, 3×3 and 5×5, stride 1, any dilation; never under "ieee"."""
-    square = tuple(weight.shape[2:]) in ((3, 3), (5, 5))
-    return WINOGRAD if square and stride == 1 and x.dtype == torch.float32 and not ieee.get() else DIRECT
+def cpu_numerics(
+    x: Tensor,
+    weight: Tensor,
+    stride: int,
+    padding: Sequence[int],
+    dilation: int,
+    *,
+    upsample: int = 1,
+    transposed: bool = False,
+) -> Numerics:
+    """Winograd's where its algorithm may run: float32, never under "ieee".
+
+    That is 3×3 and 5×5 at stride 1 with any dilation; and by phases, undilated, convolutions and transposed ones of stride
+    2 with filters of 3×3 to 6×6, and those of doubled images with up to 5×5.
+    """
+    sides = tuple(weight.shape[2:])
+    plain = stride == 1 and not transposed and sides in ((3, 3), (5, 5))
+    if stride == 2 and upsample == 1:
+        taps = [(side + 1) // 2 for side in sides]  # of the larger phase
+    elif upsample == 2 and stride == 1:
+        taps = [side // 2 + 1 for side in sides]
+    else:
+        taps = [0, 0]
+    phases = dilation == 1 and taps in ([2, 2], [3, 3])
+    return WINOGRAD if (plain or phases) and x.dtype == torch.float32 and not ieee.get() else DIRECT

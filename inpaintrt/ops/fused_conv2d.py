@@ -18,7 +18,7 @@ from torch import Tensor
 
 from inpaintrt.runtime.library import register
 from inpaintrt.runtime.spec import Cost, Lane, OpSpec, Outputs, Sample
-from inpaintrt.testing.compare import DIRECT, Numerics
+from inpaintrt.testing.compare import Numerics
 
 from ._convolution import NO_PADDING, check_alike, check_operands, check_shape, convolve, output_size, single
 from ._engine import cpu_numerics, cpu_refuses
@@ -163,7 +163,7 @@ def _cpu_numerics(
     transposed: bool,
     *_: object,
 ) -> Numerics:
-    return DIRECT if transposed else cpu_numerics(x, weight, stride, padding, dilation)
+    return cpu_numerics(x, weight, stride, padding, dilation, upsample=upsample, transposed=transposed)
 
 
 def _samples(level: str) -> Iterator[Sample]:
