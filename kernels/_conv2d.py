@@ -26,8 +26,8 @@ turned in registers: right, not ideal.
 
 **Precision.** float32 follows torch's switch for convolutions, `torch.backends.cudnn.conv.fp32_precision`, at the time of
 the call: TF32 on tensor cores, operands rounded to nearest, or IEEE on CUDA cores, with the sum of each chunk kept apart
-(`dot_chunk`), because chains of thousands of terms err by more than the definition does. 16-bit operands are multiplied
-exactly and summed in float32.
+(`dot_chunk`), because chains of thousands of terms err by more than the definition does. The library's precision="ieee"
+comes before torch's switch: the backend says so. 16-bit operands are multiplied exactly and summed in float32.
 
 **Cost.** At bfloat16's and TF32's rates most layers are bound by tensor cores, thin ones at full resolution by memory, and
 IEEE ones by 67 TFLOP/s. Reasoned, not timed on a GPU.

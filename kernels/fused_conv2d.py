@@ -41,9 +41,9 @@ def forward(args: Sequence[Any], outs: Sequence[Tensor], precision: str | None =
     return convolution(x, weight, outs[0], precision=precision, **options)
 
 
-def launch(args: Sequence[Any], outs: Sequence[Tensor]) -> None:
-    """Fill outs = (out,) from the op's arguments."""
-    run(forward(args, outs), outs)
+def launch(args: Sequence[Any], outs: Sequence[Tensor], precision: str | None = None) -> None:
+    """Fill outs = (out,) from the op's arguments. `precision`: see `convolution`."""
+    run(forward(args, outs, precision), outs)
 
 
 # ---- what the cross-compilation check compiles, and what it allows --------------------------------------------------

@@ -35,9 +35,9 @@ def forward(args: Sequence[Any], outs: Sequence[Tensor], precision: str | None =
     )
 
 
-def launch(args: Sequence[Any], outs: Sequence[Tensor]) -> None:
-    """Fill outs = (out,) from the op's arguments."""
-    run(forward(args, outs), outs)
+def launch(args: Sequence[Any], outs: Sequence[Tensor], precision: str | None = None) -> None:
+    """Fill outs = (out,) from the op's arguments. `precision`: see `convolution`."""
+    run(forward(args, outs, precision), outs)
 
 
 # ---- what the cross-compilation check compiles, and what it allows --------------------------------------------------

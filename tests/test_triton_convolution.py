@@ -28,6 +28,7 @@ from inpaintrt.kernels import _conv2d, _lib, fused_conv2d, gated_conv2d, partial
 from inpaintrt import ops
 from inpaintrt.ops import _shared
 from inpaintrt.runtime import registry
+from inpaintrt.runtime.policy import use_backend, use_ieee
 from inpaintrt.runtime.spec import as_outputs
 from inpaintrt.testing import assert_close_to_truth, close_to_truth, recipe
 from inpaintrt.testing.layouts import LAYOUTS
@@ -454,6 +455,30 @@ def test_precision_can_be_given() -> None:
             assert module.forward(args, registry.get(op).out(*args), precision)[-1].constants["PRECISION"] == precision
 
 
+@pytest.mark.parametrize("op", KERNELS)
+def test_ieee_overrides_torchs_switch(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of direct calls too, which no swapped module keeps from a kernel while the switch allows TF32."""
+    seen: list[str] = []
+    run: Callable[..., None] = _lib.run
+
+    def observed(launches: list[_lib.Launch], outs: Sequence[Tensor]) -> None:
+        seen.append(launches[-1].constants["PRECISION"])
+        run(launches, outs)
+
+    monkeypatch.setattr(KERNELS[op], "run", observed)
+    switch, call, args = torch.backends.cudnn.conv, getattr(torch.ops.inpaintrt, op), arguments(op)
+    before = switch.fp32_precision
+    try:
+        switch.fp32_precision = "tf32"
+        with use_backend("triton", op=op):
+            call(*args)
+            with use_ieee():
+                call(*args)
+    finally:
+        switch.fp32_precision = before
+    assert seen == ["tf32", "ieee"]
+
+
 def test_long_sums_in_a_gpus_order(monkeypatch: pytest.MonkeyPatch) -> None:
     """A GPU's dot is one chain of fused multiply-adds from its accumulator on; numpy's product here is kinder."""
     from triton.runtime import interpreter
@@ -501,8 +526,6 @@ def test_configurations_are_powers_of_two_that_tensor_cores_take(
 
 
 def test_public_function_runs_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    from inpaintrt import use_backend
-
     x, weight = numbers(1, 3, 6, 6), numbers(8, 3, 3, 3)
     seen: list[Any] = []
     launch: Callable[..., None] = _lib.run

@@ -5,10 +5,14 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
+import inspect
 import os
 from typing import Any
 
 import torch
+
+from inpaintrt.runtime.policy import ieee
+from inpaintrt.runtime.spec import Args, Outputs
 
 from . import Launcher
 
@@ -41,4 +45,12 @@ def missing(op: str, device: torch.device) -> str:
 
 def launcher(op: str) -> Launcher:
     module = _module(op)
-    return module.launch_backward if op.endswith("_backward") else module.launch  # type: ignore[no-any-return]
+    launch = module.launch_backward if op.endswith("_backward") else module.launch
+    if "precision" not in inspect.signature(launch).parameters:
+        return launch  # type: ignore[no-any-return]
+
+    def precise(args: Args, outs: Outputs) -> None:
+        """Under precision="ieee" without TF32; else what the kernel finds: torch's switch."""
+        launch(args, outs, "ieee" if ieee.get() else None)
+
+    return precise
