@@ -39,8 +39,8 @@ SHARED = {
     "inpaintrt/ops": {"__init__", "_shared", "_convolution", "_engine"},
     "csrc/cpu": {"dispatch", "parallel", "arena", "preferences", *PARTS},
     "kernels": {"__init__", "_lib", "_conv2d", "aot"},
-    "csrc/plan": {"plan", "nest", "fft"},
-    "csrc/cuda": {"common", "activation", "library", "fft"},
+    "csrc/plan": {"plan", "nest", "fft", "conv2d", "conv2d_call"},
+    "csrc/cuda": {"common", "activation", "library", "fft", "mma", "conv2d"},
     "docs/ops": {"README"},
 }
 

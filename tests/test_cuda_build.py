@@ -29,7 +29,7 @@ from inpaintrt.backends import cupy as cupy_backend
 from inpaintrt.ops._shared import ACTIVATIONS
 from inpaintrt.ops.contextual_attention import SPEC as CONTEXTUAL
 from inpaintrt.ops.gated_activation import SPEC
-from inpaintrt.runtime import native
+from inpaintrt.runtime import native, registry
 from inpaintrt.testing import assert_close_to_truth
 
 from .cuda import simulation
@@ -43,7 +43,7 @@ ARCHS = tuple(int(a) for a in os.environ.get("INPAINTRT_CUDA_ARCHS", "90").repla
 # Registers a thread may use (in blocks of 256), by the beginning of the kernel's name. gated_activation: as many threads
 # as an SM can run, 2048 or 1536. fourier_unit: two blocks where shared memory allows no more, else four.
 # contextual_attention: two blocks for products, which keep 64 sums a thread; else four. aot_gate: three for moments, which
-# keep 16 pixels a thread; else as gated_activation (lines have few blocks anyway).
+# keep 16 pixels a thread; else as gated_activation (lines have few blocks anyway). Convolutions: two, for 64 sums a thread.
 REGISTERS = {
     "gated_activation": {80: 32, 90: 32, 100: 32, 86: 40, 89: 40, 120: 40},
     "fourier_unit_columns": dict.fromkeys(ALL_ARCHS, 128),
@@ -55,6 +55,10 @@ REGISTERS = {
     "aot_gate_moments": dict.fromkeys(ALL_ARCHS, 80),
     "aot_gate_lines": dict.fromkeys(ALL_ARCHS, 80),
     "aot_gate_blend": {80: 32, 90: 32, 100: 32, 86: 40, 89: 40, 120: 40},
+    "conv2d_pack": dict.fromkeys(ALL_ARCHS, 64),
+    "partial_conv2d_plane": dict.fromkeys(ALL_ARCHS, 64),
+    "partial_conv2d_sums": dict.fromkeys(ALL_ARCHS, 64),
+    "conv2d": dict.fromkeys(ALL_ARCHS, 128),
 }
 
 pytestmark = pytest.mark.skipif(bool(native.missing()), reason=native.missing() or "native")
@@ -242,12 +246,32 @@ def aot_entries() -> frozenset[str]:
     return frozenset(found)
 
 
+@functools.cache
+def convolution_entries(op: str) -> frozenset[str]:
+    found = set()
+    for dtype, ieee, outputs, planes in itertools.product(DTYPES, (True, False), (16, 64, 128), (1, 8)):
+        x = torch.empty(1, dtype=dtype).expand(1, 8, 256, 256)  # enough pixels for wide tiles
+        weight, out = x[:, :, :1, :1].expand(outputs, -1, -1, -1), x[:, :1].expand(-1, outputs, -1, -1)
+        spec, outs = registry.get(op), (out,)
+        if op == "gated_conv2d":
+            args, outs = spec.bind(x, weight), (out[:, : outputs // 2],)
+        elif op == "partial_conv2d":
+            args, outs = spec.bind(x, x[:, :planes], weight), (out, torch.empty(1, 1, 256, 256, dtype=dtype))
+        else:
+            args = spec.bind(x, weight)
+        found |= {launch.entry for launch in simulation.plan(op, args, outs, ieee=ieee).launches}
+    of_mask = 2 * len(DTYPES) if op == "partial_conv2d" else 0
+    assert len(found) == 2 + 3 * len(DTYPES) + len(DTYPES) + of_mask  # IEEE, tensor cores, packed weights
+    return frozenset(found)
+
+
 # Every instance that plans of an op can name.
 ENTRIES = {
     "gated_activation": gated_entries,
     "fourier_unit": fourier_entries,
     "contextual_attention": contextual_entries,
     "aot_gate": aot_entries,
+    **{op: functools.partial(convolution_entries, op) for op in ("fused_conv2d", "gated_conv2d", "partial_conv2d")},
 }
 
 
@@ -383,7 +407,7 @@ def build(tmp_path_factory: pytest.TempPathFactory) -> Build:
 
 
 def test_library_holds_exactly_what_plans_name(build: Build) -> None:
-    names = re.findall(rb"irt::[a-z_]+<[^>%]*>", build.library.read_bytes())
+    names = re.findall(rb"irt::[a-z0-9_]+<[^>%]*>", build.library.read_bytes())
     assert {name.decode() for name in names} == all_entries()
 
 

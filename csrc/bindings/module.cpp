@@ -222,8 +222,8 @@ struct Planner {
 
   // ([(entry, grid, block, shared bytes, parameter bytes, round or None), …], workspace bytes); no launches = nothing
   // to do. Launches that are repeated are listed as often as they run.
-  py::tuple operator()(const py::tuple& args, const py::tuple& outs, int device_type) const {
-    const Call call(args, outs, device_type, 0);
+  py::tuple operator()(const py::tuple& args, const py::tuple& outs, int device_type, bool ieee) const {
+    const Call call(args, outs, device_type, 0, ieee);
     irt_plan p;
     irt_status status;
     plan(call.get(), &p, &status);
@@ -246,8 +246,8 @@ struct CudaKernel {
 
   // `allocate(output, bytes)` returns a tensor on that output's device, in torch's stream order: the workspace, which
   // may therefore go back as soon as the launches are on the stream. Called only where the plan needs one.
-  void operator()(const py::tuple& args, const py::tuple& outs, const py::object& allocate) const {
-    const Call call(args, outs, irt::dlpack::kCuda, 0);
+  void operator()(const py::tuple& args, const py::tuple& outs, const py::object& allocate, bool ieee) const {
+    const Call call(args, outs, irt::dlpack::kCuda, 0, ieee);
     irt_plan p;
     irt_status status;
     plan(call.get(), &p, &status);
@@ -341,9 +341,11 @@ PYBIND11_MODULE(_C, m) {
            py::arg("ieee") = false)
       .def("choice", &Kernel::choice, py::arg("args"), py::arg("outs"), py::arg("threads"), py::arg("ieee") = false);
   py::class_<CudaKernel>(m, "CudaKernel")
-      .def("__call__", &CudaKernel::operator(), py::arg("args"), py::arg("outs"), py::arg("allocate"));
+      .def("__call__", &CudaKernel::operator(), py::arg("args"), py::arg("outs"), py::arg("allocate"),
+           py::arg("ieee") = false);
   py::class_<Planner>(m, "Planner")
-      .def("__call__", &Planner::operator(), py::arg("args"), py::arg("outs"), py::arg("device_type"));
+      .def("__call__", &Planner::operator(), py::arg("args"), py::arg("outs"), py::arg("device_type"),
+           py::arg("ieee") = false);
   m.def("bind_tensor_type", &bind_tensor_type);
   m.def("cpu_kernel", &cpu_kernel);
   m.def("prefer", &prefer);

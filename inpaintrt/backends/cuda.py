@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from inpaintrt.runtime import native
+from inpaintrt.runtime.policy import ieee
 from inpaintrt.runtime.spec import Args, Outputs
 
 from . import Launcher
@@ -51,9 +52,18 @@ def launcher(op: str) -> Launcher:
     kernel = native.library().cuda_kernel(op)
 
     def launch(args: Args, outs: Outputs) -> None:
-        kernel(args, outs, workspace)
+        kernel(args, outs, workspace, whole_products(outs[0].dtype))
 
     return launch
+
+
+def whole_products(dtype: torch.dtype) -> bool:
+    """Whether convolutions of float32 may not round to TF32: torch's switch for them at this moment, or precision="ieee".
+
+    Other dtypes have no choice.
+    """
+    cudnn: Any = torch.backends.cudnn  # its `conv` is made at run time
+    return dtype == torch.float32 and (ieee.get() or cudnn.conv.fp32_precision != "tf32")
 
 
 def workspace(like: Tensor, size: int) -> Tensor:

@@ -20,7 +20,7 @@ from inpaintrt.runtime import native
 from inpaintrt.runtime.spec import Args, Outputs
 
 from . import Launcher
-from .cuda import workspace
+from .cuda import whole_products, workspace
 
 _CUDA = 2  # DLPack's device type
 _OLDEST = (8, 0)
@@ -52,7 +52,7 @@ def launcher(op: str) -> Launcher:
     kernels: dict[tuple[str, int], _Kernel] = {}
 
     def launch(args: Args, outs: Outputs) -> None:
-        launches, workspace_bytes = planner(args, outs, _CUDA)
+        launches, workspace_bytes = planner(args, outs, _CUDA, whole_products(outs[0].dtype))
         if not launches:
             return
         device = outs[0].get_device()

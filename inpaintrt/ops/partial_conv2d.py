@@ -171,6 +171,8 @@ SPEC = OpSpec(
     out=_out,
     lanes={
         "triton": Lane(),
+        "cuda": Lane(),
+        "cupy": Lane(),
         "cpu": Lane(dtypes=frozenset({torch.float32, torch.bfloat16}), refuses=_cpu_refuses, numerics=_cpu_numerics),  # type: ignore[arg-type]
     },
     samples=_samples,

@@ -1,6 +1,7 @@
 // CUDA's execution model on the host: the blocks of a grid one after the other, the threads of a block as fibers that
 // run in turn from barrier to barrier. It proves index arithmetic, barriers and numerics (with the host's elementary
-// functions in place of the device's) without a GPU; it knows nothing of warps and of memory that takes its time.
+// functions in place of the device's) without a GPU; it knows nothing of memory that takes its time. Of warps it knows
+// their products of small matrices, from fragments that lie as PTX says; all threads of the block take part in one.
 //
 // Shared memory holds NaN before each block, and may not be written beyond what the launch asked for. A barrier that is
 // missing makes results depend on the order of the threads, which may be reversed.
@@ -27,6 +28,11 @@ static inline float __int_as_float(int bits) {
   float value;
   memcpy(&value, &bits, sizeof value);
   return value;
+}
+static inline int __float_as_int(float value) {
+  int bits;
+  memcpy(&bits, &value, sizeof bits);
+  return bits;
 }
 static inline float __fadd_rn(float a, float b) { return a + b; }
 static inline float __fmul_rn(float a, float b) { return a * b; }
@@ -168,6 +174,75 @@ Outcome run(void (*kernel)(Params, void*, int), const Launch& launch) {
 }  // namespace simulated
 
 #define __syncthreads simulated::barrier
+
+// ---- csrc/cuda/mma.cuh --------------------------------------------------------------------------------------------
+
+#define IRT_SIMULATED
+
+namespace simulated {
+
+inline float number(unsigned word, int, float) { return __int_as_float(static_cast<int>(word & ~0x1fffu)); }
+inline float number(unsigned word, int which, __half) {
+  __half value;
+  memcpy(&value, reinterpret_cast<const char*>(&word) + 2 * which, sizeof value);
+  return __half2float(value);
+}
+inline float number(unsigned word, int which, __nv_bfloat16) {
+  __nv_bfloat16 value;
+  memcpy(&value, reinterpret_cast<const char*>(&word) + 2 * which, sizeof value);
+  return __bfloat162float(value);
+}
+
+// Every lane lays its fragments out and, when all have, takes those of the lanes that hold its rows and columns.
+struct Fragments {
+  unsigned a[4], b[2];
+};
+static Fragments fragments[2][1024];  // a thread may be one product ahead of another, not two
+static unsigned products[1024];
+
+template <class T>
+void multiply_add(float (&sum)[4], const unsigned (&a)[4], const unsigned (&b)[2], T type) {
+  const unsigned thread = threadIdx.x, warp = thread / 32 * 32, g = thread % 32 / 4, t = thread % 4;
+  Fragments(&all)[1024] = fragments[products[thread]++ % 2];
+  memcpy(all[thread].a, a, sizeof a);
+  memcpy(all[thread].b, b, sizeof b);
+  barrier();
+  for (unsigned i = 0; i < 4; ++i) {
+    const unsigned row = g + i / 2 * 8, column = 2 * t + i % 2;
+    double exact = static_cast<double>(sum[i]);
+    for (unsigned word = 0; word < 8; ++word) {
+      const unsigned left = all[warp + row % 8 * 4 + word % 4].a[row / 8 + word / 4 * 2];
+      const unsigned right = all[warp + column * 4 + word % 4].b[word / 4];
+      for (int which = 0; which < static_cast<int>(4 / sizeof(T)); ++which) {
+        exact += static_cast<double>(number(left, which, type)) * static_cast<double>(number(right, which, type));
+      }
+    }
+    sum[i] = static_cast<float>(exact);
+  }
+}
+
+// Copies that have begun arrive when they are waited for, not before.
+struct Copy {
+  void* to;
+  const void* from;
+};
+static std::vector<Copy> copies[1024];
+
+}  // namespace simulated
+
+namespace irt {
+
+template <class T>
+void multiply_add(float (&sum)[4], const unsigned (&a)[4], const unsigned (&b)[2], T type) {
+  simulated::multiply_add(sum, a, b, type);
+}
+inline void copy_later(void* shared, const void* global) { simulated::copies[threadIdx.x].push_back({shared, global}); }
+inline void copies_done() {
+  for (const simulated::Copy& copy : simulated::copies[threadIdx.x]) memcpy(copy.to, copy.from, 16);
+  simulated::copies[threadIdx.x].clear();
+}
+
+}  // namespace irt
 
 #define SIMULATE(...) \
   if (!strcmp(entry, #__VA_ARGS__)) return simulated::run(&__VA_ARGS__, *launch);

@@ -46,9 +46,9 @@ class Plan(NamedTuple):
     workspace_bytes: int
 
 
-def plan(planner: str, args: Sequence[Any], outs: Sequence[Tensor]) -> Plan:
+def plan(planner: str, args: Sequence[Any], outs: Sequence[Tensor], *, ieee: bool = False) -> Plan:
     """The launch plan of a call on CPU tensors."""
-    launches, workspace_bytes = native.library().planner(planner)(tuple(args), tuple(outs), CPU)
+    launches, workspace_bytes = native.library().planner(planner)(tuple(args), tuple(outs), CPU, ieee)
     return Plan([Launch(*launch) for launch in launches], workspace_bytes)
 
 

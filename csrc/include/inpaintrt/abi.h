@@ -68,7 +68,7 @@ typedef struct irt_call {
   int32_t threads; /* CPU: at most this many; CUDA: unused */
   int32_t device;  /* CUDA device index; -1 on CPU */
   void* stream;    /* CUDA: the stream to launch on; CPU: NULL */
-  int32_t ieee;    /* CPU: not 0 = no algorithm whose rounding error exceeds the direct form's */
+  int32_t ieee; /* not 0 = no algorithm whose rounding error exceeds the direct form's; CUDA: no TF32 in convolutions */
 } irt_call;
 
 typedef enum irt_code {

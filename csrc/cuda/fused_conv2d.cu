@@ -1,0 +1,21 @@
+// The instances of fused_conv2d's kernels that a plan can name (csrc/plan/conv2d_call.h).
+#include "cuda/fused_conv2d.cuh"
+#include "cuda/launch.h"
+
+#define WIDTH(T, products, width) IRT_INSTANCE(irt::fused_conv2d<T, irt::Products::products, width>)
+#define TENSOR(T, products) WIDTH(T, products, 128), WIDTH(T, products, 64), WIDTH(T, products, 16)
+#define TYPE(T) IRT_INSTANCE(irt::conv2d_pack<T>)
+
+static const auto& instances() {
+  static const irt::cuda::Instance list[] = {TYPE(float),
+                                             TYPE(__half),
+                                             TYPE(__nv_bfloat16),
+                                             WIDTH(float, ieee, 64),
+                                             WIDTH(float, ieee, 16),
+                                             TENSOR(float, tf32),
+                                             TENSOR(__half, half),
+                                             TENSOR(__nv_bfloat16, half)};
+  return list;
+}
+
+IRT_CUDA_KERNEL(fused_conv2d, instances)
