@@ -21,6 +21,7 @@ from inpaintrt import cli, explanation, ops, tuner
 from inpaintrt.runtime import dispatch, native, policy, registry, tuning
 
 F43, F23 = "winograd F(4×4,3×3)", "winograd F(2×2,3×3)"
+PHASES = "winograd F(4×4,2×2) by phases"
 
 
 @pytest.fixture(autouse=True)
@@ -374,7 +375,7 @@ def test_explain_names_the_algorithms():
     names = text.removeprefix(f"{static}; ")
     assert "winograd F(" in names
     assert "pointwise ×" in names
-    known = {"pointwise", "direct", "planar", F43, F23}
+    known = {"pointwise", "direct", "planar", F43, F23, PHASES}
     assert {one.split(" ×")[0] for one in names.split(", ")} <= known, names
 
 
