@@ -3,7 +3,8 @@
 // Elsewhere in the engine outputs are the lanes of a vector, of which three would leave most of it empty. Here a row of
 // the image is turned into one row of pixels per channel, and a tile holds the sums of all filters for a few vectors of
 // neighbouring pixels over all channels and taps: F broadcasts of weights and some loads of pixels, at any offset, for
-// F times as many multiply-adds.
+// F times as many multiply-adds. Most of those loads cross cache lines and count twice, so each is made once: weights
+// stay in registers and pixels pass by.
 #include "conv_algorithms.h"
 #include "conv_finish.h"
 #include "conv_source.h"
@@ -17,10 +18,21 @@ namespace {
 constexpr int kRegisters = Vec::kWidth == 16 ? 32 : 16;
 constexpr int kMostVectors = 8;
 
-// Vectors of pixels in a tile: with them, the sums and a weight are in registers.
+// Vectors of pixels in a tile: their sums, the weights and one of them are in registers.
 constexpr int vectors_of(int filters) {
-  const int vectors = (kRegisters - 1) / (filters + 1);
+  const int vectors = (kRegisters - 1 - filters) / filters;
   return vectors > kMostVectors ? kMostVectors : vectors;
+}
+
+// Keeps what was loaded in a register. Compilers rather load it again for each use, for a register less.
+IRT_INLINE void keep(Vec& x) {
+#if defined(__AVX512F__)
+  asm("" : "+v"(x.v));
+#elif defined(__AVX2__)
+  asm("" : "+x"(x.v));
+#else
+  (void)x;
+#endif
 }
 
 struct PlanarGeometry {
@@ -144,14 +156,15 @@ class Planar {
         const float* row = strips + slot(first + i * d) * g_.pixels;
 #pragma GCC unroll 1
         for (int64_t j = 0; j < wide; ++j, weight += kFilters) {
-          Vec pixels[kVectors];
+          Vec values[kFilters];
 #pragma GCC unroll 8
-          for (int v = 0; v < kVectors; ++v) pixels[v] = load(row + j * d + v * W);
+          for (int f = 0; f < kFilters; ++f) values[f] = Vec(weight[f]);
 #pragma GCC unroll 8
-          for (int f = 0; f < kFilters; ++f) {
-            const Vec value(weight[f]);
+          for (int v = 0; v < kVectors; ++v) {
+            Vec pixels = load(row + j * d + v * W);
+            keep(pixels);
 #pragma GCC unroll 8
-            for (int v = 0; v < kVectors; ++v) sums[f][v] = fma(value, pixels[v], sums[f][v]);
+            for (int f = 0; f < kFilters; ++f) sums[f][v] = fma(values[f], pixels, sums[f][v]);
           }
         }
       }
