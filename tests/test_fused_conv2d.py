@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import itertools
 
 import pytest
@@ -124,6 +125,46 @@ def test_bfloat16_is_never_winograds():
     assert [(launch.backend, launch.numerics) for launch in heard] == [("cpu", DIRECT), ("cpu", DIRECT)]
     truth = F.conv2d(x.double(), weight.double(), bias.double(), padding=1)
     assert_close_to_truth(got, truth, F.conv2d(x, weight, bias, padding=1))
+
+
+@pytest.mark.skipif(bool(native.missing()), reason="needs the native library")
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("side", "options"),
+    [(2, {}), (4, {"stride": 2}), (5, {"mask": True}), (3, {"upsample": 2}), (8, {"padding_mode": "reflect"})],
+)
+def test_few_pixels_and_large_filters(side, options, dtype, layout):
+    """By columns, where pixels are the lanes, whether or not the planner would choose that here."""
+    x, weight, bias = (LAYOUTS[layout](t.to(dtype)) if t.dim() == 4 else t for t in _layer(96, 40, side, side + 1))
+    if options.get("mask"):
+        options = {"mask": (torch.rand(1, 1, side, side + 1) > 0.4).to(dtype)}
+    bias, options = bias.to(dtype), {"padding": 1, **options}
+
+    def run(x=x, weight=weight, bias=bias, **more):
+        return ops.fused_conv2d(x, weight, bias, **{**options, **more})
+
+    heard = []
+
+    def listen(op, backend, args):
+        heard.append((backend, native.choice(op, args, SPEC.out(*args))))
+
+    dispatch.observers.append(listen)
+    before = native.preferences()
+    try:
+        run()
+        choice = heard[0][1]
+        assert "columns" in choice.algorithms
+        native.prefer({choice.key: "columns"})
+        got = run()
+        assert heard[1] == ("cpu", dataclasses.replace(choice, algorithm="columns"))
+    finally:
+        dispatch.observers.remove(listen)
+        native.prefer(before)
+    more = {"mask": options["mask"].double()} if "mask" in options else {}
+    truth = run(x.double(), weight.double(), bias.double(), **more)
+    bound = 2**-8 if dtype == torch.bfloat16 else 2e-6
+    assert (got.double() - truth).abs().max() <= bound * truth.abs().max()
 
 
 @pytest.mark.parametrize("mode", ["zeros", "reflect", "replicate"])

@@ -11,6 +11,7 @@ namespace irt::INPAINTRT_ISA::conv {
 void direct(const Call& call, irt_status& status);        // any call
 void pointwise(const Call& call, irt_status& status);     // 1×1, stride 1, no padding
 void planar(const Call& call, irt_status& status);        // few filters, stride 1
+void columns(const Call& call, irt_status& status);       // any call that is not transposed; meant for few pixels
 void winograd_f43(const Call& call, irt_status& status);  // 3×3, stride 1
 void winograd_f23(const Call& call, irt_status& status);  // likewise, with the direct form's rounding error
 void winograd_f25(const Call& call, irt_status& status);  // 5×5, stride 1

@@ -2,18 +2,14 @@
 // near the core.
 //
 //   strips:  the rows of the image that a few rows of outputs read, [group of channels][row][residue][pixel][lane],
-//   with
-//            padding in place. Columns are sorted by their residue modulo the stride, so that whatever the stride is,
-//            neighbouring outputs read neighbouring pixels: the product's rows are always one cache line apart
+//            with padding in place. Columns are sorted by their residue modulo the stride, so that whatever the stride
+//            is, neighbouring outputs read neighbouring pixels: the product's rows are always one cache line apart
 //            (gemm.h).
 //   product: a tile of pixels and one panel of filters stay in registers over all taps and channels.
 //
 // Upsampled and transposed convolutions are P × P phases: outputs (P·Y + p, P·X + q) are a convolution of their own, of
 // the image as it is stored, with few of the taps. Nearest-2x with 3×3 filters has four phases of 2×2 taps, each the
 // sum of the filters' taps that read the same pixel; a transposed convolution of stride 2 has each tap in one phase.
-//
-// Where the image is small and the filters are large, threads share out filters instead of rows, and pack what they
-// use.
 #include "conv_algorithms.h"
 #include "conv_finish.h"
 #include "conv_phases.h"
@@ -34,10 +30,8 @@ struct DirectGeometry {
   int64_t height, width;                     // of one phase of outputs
   int64_t block, blocks;                     // rows of a phase in an item of work, items in an image
   int64_t slots, pixels, row, group, image;  // of strips: rows, pixels of a residue, floats of a row, group and image
-  int64_t images;                            // whose strips a thread holds
   int64_t most_taps, all_taps;               // of a phase, of all phases
   int64_t packed, staged, buffer;            // floats of a panel, of its sums, and what packing needs
-  bool by_filters;                           // threads share out panels instead of rows
   int threads;
 
   explicit DirectGeometry(const Call& call)
@@ -54,26 +48,21 @@ struct DirectGeometry {
     packed = all_taps * lanes * kPanelColumns;
     buffer = vectors(offset_floats() + (Lane::kChannels * (chunk(call) * kernel(call) + most_taps)) * W);
 
-    const int64_t span = rows.high - rows.low + 1, whole = rows.step * (height - 1) + span;
-    const double strips = static_cast<double>(call.batch() * groups) * static_cast<double>(whole * row);
-    by_filters = strips * call.threads <= static_cast<double>(panels * packed) && panels >= call.threads;
-    block = by_filters ? height : most(1, least(height, kPixels / most(1, width * columns.phases)));
-    while (!by_filters && block > 1 && groups * (rows.step * (block - 1) + span) * row > kStripFloats) --block;
+    const int64_t span = rows.high - rows.low + 1;
+    block = most(1, least(height, kPixels / most(1, width * columns.phases)));
+    while (block > 1 && groups * (rows.step * (block - 1) + span) * row > kStripFloats) --block;
     blocks = ceil_div(height, block);
     slots = rows.step * (block - 1) + span, group = slots * row + W, image = groups * group;
-    images = by_filters ? call.batch() : 1;
     staged = kPanelVectors * block * columns.phases * width * W;
-    threads = threads_of(call, by_filters ? panels : call.batch() * blocks);
+    threads = threads_of(call, most(call.batch() * blocks, panels));
   }
 
   int64_t taps(int64_t p, int64_t q) const { return static_cast<int64_t>(rows.count[p]) * columns.count[q]; }
   static int64_t kernel(const Call& call) { return call.kernel_height() * call.kernel_width(); }
   static int64_t chunk(const Call& call) { return most(1, kChunkTaps / kernel(call)); }  // lanes packed at a time
   int64_t offset_floats() const { return vectors(2 * most_taps); }
-  int64_t weight_floats() const { return by_filters ? 0 : vectors(panels * packed); }
-  int64_t thread_floats() const {
-    return vectors(images * image) + vectors(staged) + vectors(row) + buffer + (by_filters ? vectors(packed) : 0);
-  }
+  int64_t weight_floats() const { return vectors(panels * packed); }
+  int64_t thread_floats() const { return vectors(image) + vectors(staged) + vectors(row) + buffer; }
   int64_t floats() const { return weight_floats() + threads * thread_floats(); }
 
  private:
@@ -100,7 +89,6 @@ class Direct {
   Direct& operator=(const Direct&) = delete;
 
   void run() {
-    if (g_.by_filters) return by_filters();
     int packing = 0, working = 0;
     parallel_for(g_.panels, 1, g_.threads, [&](int64_t begin, int64_t end) {
       const Scratch scratch = scratch_of(packing);
@@ -121,7 +109,7 @@ class Direct {
 
  private:
   struct Scratch {
-    float *strips, *staged, *line, *buffer, *panel;
+    float *strips, *staged, *line, *buffer;
   };
   struct Held {  // rows [first, end) of image b are in the strips
     int64_t b = -1, first = 0, end = 0;
@@ -137,26 +125,9 @@ class Direct {
   Scratch scratch_of(int& next) const {
     Scratch s{};
     s.strips = scratch_ + __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED) * g_.thread_floats();
-    s.staged = s.strips + vectors(g_.images * g_.image), s.line = s.staged + vectors(g_.staged);
-    s.buffer = s.line + vectors(g_.row), s.panel = s.buffer + g_.buffer;
+    s.staged = s.strips + vectors(g_.image), s.line = s.staged + vectors(g_.staged);
+    s.buffer = s.line + vectors(g_.row);
     return s;
-  }
-
-  void by_filters() {
-    int working = 0;
-    parallel_for(g_.panels, 1, g_.threads, [&](int64_t begin, int64_t end) {
-      const Scratch scratch = scratch_of(working);
-      for (int64_t b = 0; b < call_.batch(); ++b) {
-        Held held;
-        hold(b, 0, g_.height, held, scratch.strips + b * g_.image, scratch);
-      }
-      for (int64_t panel = begin; panel < end; ++panel) {
-        pack(panel, scratch, scratch.panel);
-        for (int64_t b = 0; b < call_.batch(); ++b) {
-          product(panel, scratch.panel, b, 0, g_.height, scratch.strips + b * g_.image, scratch);
-        }
-      }
-    });
   }
 
   // ---- filters: → [phase][tap][lane of inputs][panel's columns]

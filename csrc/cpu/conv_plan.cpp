@@ -12,9 +12,29 @@ bool unstrided(const Call& call) { return call.stride == 1 && !call.transposed; 
 bool near(const Call& call) { return call.dilation <= 64; }
 bool square(const Call& call, int64_t side) { return call.kernel_height() == side && call.kernel_width() == side; }
 bool single(const Call& call) { return call.weight->dtype == IRT_F32; }
+// Whether what all outputs read may exist at once: 8 MB of it.
+bool few_pixels(const Call& call) {
+  const int64_t weights = call.inputs() * call.kernel_height() * call.kernel_width();
+  return ceil_div(call.batch() * call.height() * call.width(), W) * W <= (int64_t{1} << 21) / weights;
+}
 
-// Time in multiply-adds of one vector, from what was measured on AVX-512: what comes beside the products is memory
-// traffic more than arithmetic, and so counts alike on all ISAs.
+// Time in multiply-adds of one vector at the rate of the direct form's products: 6.2 a nanosecond on one core of a
+// Zen 5 (AVX-512), where the constants come from; what comes beside the products is memory traffic more than
+// arithmetic, and so counts alike on all ISAs. Fitted by hand to one thread's times, so that the order of the
+// algorithms is right: 3×3 and 5×5 layers of 32 to 512 channels on maps of 2×2 (there it is packing and the filters'
+// transforms that one sees) to 256×256.
+
+// Transforming a filter: n² vectors to as many places for each channel, which cost up to three times as much where all
+// of them together do not stay in L2.
+template <class Form>
+double transformed_filters_cost(const Call& call) {
+  constexpr double kNear = 1 << 21;  // floats
+  const double points = Form::kInputs * Form::kInputs, each = 15;
+  const double vectors = points * static_cast<double>(call.inputs() * Filters(call).blocks);
+  const double far = vectors * static_cast<double>(W) / kNear;
+  return each * vectors * (1 + (far < 2 ? far : 2));
+}
+
 template <class Form>
 double winograd_cost(const Call& call) {
   const double points = Form::kInputs * Form::kInputs, blocks = static_cast<double>(Filters(call).blocks);
@@ -22,8 +42,8 @@ double winograd_cost(const Call& call) {
   const double tiles = static_cast<double>(call.batch()) *
                        static_cast<double>(tiles_along(call.height(), call.dilation, Form::kOutputs)) *
                        static_cast<double>(tiles_along(call.width(), call.dilation, Form::kOutputs));
-  const double products = points * tiles * inputs * blocks, filters = 4 * points * inputs * blocks;
-  return products + filters + 12 * points * tiles * (in_blocks + blocks);
+  const double products = points * tiles * inputs * blocks, tile = Form::kOutputs > 2 ? 20 : 12;
+  return products + transformed_filters_cost<Form>(call) + tile * points * tiles * (in_blocks + blocks);
 }
 
 // The matrices of filters are so many that they are written to memory and read from there.
@@ -70,7 +90,17 @@ double direct_cost(const Call& call) {
     taps = static_cast<double>((call.kernel_height() / 2 + 1) * (call.kernel_width() / 2 + 1));
   }
   const bool pairs = !single(call) && LaneOf<bf16>::kChannels == 2;
-  return (pairs ? kPair : 1) * pixels * taps * inputs * blocks + 2 * taps * inputs * blocks + 12 * pixels * blocks;
+  const double strided = call.stride > 1 && !call.transposed ? 1.25 : 1;  // strips hold fewer rows of outputs
+  return (pairs ? kPair : 1) * strided * pixels * taps * inputs * blocks + 40 * taps * inputs * blocks +
+         12 * pixels * blocks;
+}
+
+double columns_cost(const Call& call) {
+  const double weights = static_cast<double>(call.kernel_height() * call.kernel_width() * call.inputs());
+  const double filters = static_cast<double>(call.outputs() * (call.gated ? 2 : 1));
+  const double columns = static_cast<double>(ceil_div(call.batch() * call.height() * call.width(), W));
+  const bool pairs = !single(call) && LaneOf<bf16>::kChannels == 2;
+  return (pairs ? kPair : 1) * weights * filters * (1.2 * columns + 1.1) + 40 * weights * columns;
 }
 
 struct Algorithm {
@@ -87,6 +117,7 @@ constexpr Algorithm kAlgorithms[] = {
     {"planar", planar,
      [](const Call& c) { return unstrided(c) && near(c) && c.outputs() * (c.gated ? 2 : 1) <= kFewFilters; },
      planar_cost},
+    {"columns", columns, [](const Call& c) { return !c.transposed && near(c) && few_pixels(c); }, columns_cost},
     {"winograd F(4×4,3×3)", winograd_f43,
      [](const Call& c) { return unstrided(c) && near(c) && square(c, 3) && !c.ieee; }, winograd_cost<winograd::F43>},
     {"winograd F(2×2,3×3)", winograd_f23, [](const Call& c) { return unstrided(c) && near(c) && square(c, 3); },

@@ -18,11 +18,18 @@ class Weights {
     dense_ = (column_ == 1 || width_ == 1) && (row_ == width_ || w.sizes[2] == 1);
   }
 
+  // Whether the weights of one output lie one after the other, as [channel][tap].
+  bool by_channels() const { return dense_ && in_ == taps_; }
+  const T* at(int64_t output, int64_t channel, int64_t tap) const {
+    return data_ + output * out_ + channel * in_ + tap / width_ * row_ + tap % width_ * column_;
+  }
+  int64_t between_channels() const { return in_; }
+
   // Channels [c, c + some) of the filters of one block.
   void read(int64_t block, int64_t c, int64_t some, float* to) const {
     const T* from = data_ + filters_.first(block) * out_ + c * in_;
     const int64_t count = filters_.count(block);
-    if (dense_ && in_ == taps_) return dense(from, count, some * taps_, to);
+    if (by_channels()) return dense(from, count, some * taps_, to);
     for (int64_t k = 0; k < some; ++k, from += in_, to += taps_ * W) {
       if (dense_) {
         dense(from, count, taps_, to);

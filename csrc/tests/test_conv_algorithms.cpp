@@ -56,6 +56,7 @@ struct Algorithm {
 const Algorithm kAlgorithms[] = {
     {"direct", conv::direct, 0, false, kDirectUnits},
     {"planar", conv::planar, 0, false, kDirectUnits},
+    {"columns", conv::columns, 0, false, kDirectUnits},
     {"pointwise", conv::pointwise, 1, false, kDirectUnits},
     {"F(4x4, 3x3)", conv::winograd_f43, 3, true, kWinogradUnits},
     {"F(2x2, 3x3)", conv::winograd_f23, 3, true, kWinogradIeeeUnits},
@@ -104,7 +105,8 @@ Setting setting_for(const Algorithm& algorithm, Random& random) {
       if (s.possible()) return s;
       continue;
     }
-    if (algorithm.run != conv::direct) s.stride = 1, s.transposed = false, s.output_padding = 0;
+    if (algorithm.run != conv::direct) s.transposed = false, s.output_padding = 0;
+    if (algorithm.run != conv::direct && algorithm.run != conv::columns) s.stride = 1;
     if (algorithm.kernel) s.kh = s.kw = algorithm.kernel;
     if (algorithm.run == conv::pointwise) s.pad(0);
     if (algorithm.run == conv::planar) s.outputs = random.between(1, conv::kFewFilters / (s.op == Op::gated ? 2 : 1));
@@ -171,16 +173,28 @@ void long_sums() {
   }
 }
 
-// Few pixels and many filters, which threads share out instead of rows.
-void direct_by_filters() {
+// Few pixels and many filters: panels of one vector of pixels and of several, one chunk of channels and several, also
+// ragged ones, and weights that lie as [channel][tap] and as [tap][channel]; filters for one thread and for three.
+void columns_of_few_pixels() {
   Random random{4};
+  const Algorithm* algorithm = kAlgorithms;
+  while (algorithm->run != conv::columns) ++algorithm;
+  largest = 0.0;
   for (int dtype : {IRT_F32, IRT_BF16}) {
-    Setting s;
-    s.dtype = dtype, s.b = 2, s.inputs = 9, s.outputs = 7 * W + 1, s.h = 2, s.w = 3, s.kh = s.kw = 3, s.pad(1);
-    for (int threads = 1; threads <= 3; ++threads) check_algorithm(kAlgorithms[0], random, s, threads);
-    s.op = Op::gated;
-    check_algorithm(kAlgorithms[0], random, s, 2);
+    for (Op op : {Op::fused, Op::gated}) {
+      for (int64_t side : {1, 2, 5, 11}) {
+        Setting s;
+        s.op = op, s.dtype = dtype, s.b = 2, s.inputs = 83, s.outputs = 3 * W + 1, s.h = side, s.w = side + 1;
+        s.kh = s.kw = 3, s.pad(1), s.bias = true;
+        for (int threads : {1, 3}) check_algorithm(*algorithm, random, s, threads);
+        s.stride = 2, s.parameters = Memory::nhwc;
+        check_algorithm(*algorithm, random, s, 2);
+        s.kh = s.kw = 1, s.parameters = Memory::random;
+        check_algorithm(*algorithm, random, s);
+      }
+    }
   }
+  check::note("%s: float32 at most %.2f of %.2f units", algorithm->name, largest, algorithm->units);
 }
 
 // ---- the transforms: y = Aᵀ[(G g) ∘ (Bᵀ d)] is a convolution of one dimension --------------------------------------
@@ -242,6 +256,6 @@ const check::Case check::cases[] = {
     {"every algorithm on what it covers", every_algorithm_on_what_it_covers},
     {"every number of tiles", every_number_of_tiles},
     {"long sums", long_sums},
-    {"direct, by filters", direct_by_filters},
+    {"columns of few pixels", columns_of_few_pixels},
     {nullptr, nullptr},
 };

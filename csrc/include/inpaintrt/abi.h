@@ -17,7 +17,7 @@ extern "C" {
 #define IRT_ABI_VERSION 4
 #define IRT_MAX_DIMS 6
 #define IRT_MAX_LAUNCHES 8
-#define IRT_MAX_ALGORITHMS 8
+#define IRT_MAX_ALGORITHMS 12
 
 typedef enum irt_dtype {
   IRT_F32 = 0,
