@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from inpaintrt.runtime.errors import WeightsError
 
-from . import aotgan, deepfill_v1, deepfill_v2, glcic, lama, partialconv_unet
+from . import aotgan, deepfill_v1, deepfill_v2, glcic, lama, mat, partialconv_unet
 from .weights_file import ModuleNote, WeightsFile
 
 NETWORKS = {
@@ -23,6 +23,7 @@ NETWORKS = {
     "deepfill_v2": deepfill_v2.DeepFillV2,
     "aotgan": aotgan.AOTGAN,
     "glcic": glcic.GLCIC,
+    "mat": mat.MAT,
     "partialconv_unet": partialconv_unet.PConvUNet,
 }
 SHIPPED = {"lama_mini": ("lama", "lama_mini.safetensors")}
@@ -32,6 +33,7 @@ _FAMILIES = {
     "deepfill_v2": deepfill_v2,
     "aotgan": aotgan,
     "glcic": glcic,
+    "mat": mat,
     "partialconv_unet": partialconv_unet,
 }
 """Modules that know what their weights look like. Each has ANCHORS: keys below the container of layers, one of which is in
@@ -44,7 +46,6 @@ _OTHERS = (
     (r"^(.*\.)?(discriminator\..*|model0\.0\.weight)$", "the discriminator of a GAN"),
     (r"\.ffc_skip\.", "an FcF generator"),
     (r"(^|\.)head\.\d+\.conv_gate\.gain$", "manga-image-translator's AOT network of gated, standardised convolutions"),
-    (r"synthesis\.first_stage\.", "a MAT generator"),
     (r"encoder\.b\d+\.conv1\.conv1\.", "a MI-GAN generator"),
     (r"model\.diffusion_model\.", "a latent diffusion model"),
     (r"model\.\d+\.conv_block\.", "a LaMa without Fourier convolutions"),
