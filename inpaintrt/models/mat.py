@@ -40,6 +40,10 @@ HEADS = 6
 SQUARE = 16
 """Side of the map in which styles are injected, at a network's own resolution."""
 NOISE_MODES = ("const", "random", "none")
+BLOCKS, WINDOWS, SIDES = (2, 3, 4, 3, 2), (8, 16, 16, 16, 8), (64, 32, 16, 32, 64)
+"""Of each of the first stage's five groups: attention blocks, side of their windows, side of the map at the network's own
+resolution. Groups after the second are given no mask."""
+MASKED_GROUPS = 2
 
 
 class Draws(NamedTuple):
@@ -127,14 +131,9 @@ class FirstStage(nn.Module):
         levels = resolution.bit_length() - 7  # from `resolution` to 64
         self.conv_first = PartialConv(4, dim)
         self.enc_conv = nn.ModuleList([PartialConv(dim, dim, down=2) for _ in range(levels)])
+        changes = (None, *(Resample(dim, dim, down=2) for _ in range(2)), *(Resample(dim, dim, up=2) for _ in range(2)))
         self.tran = nn.ModuleList(
-            [
-                BasicLayer(dim, HEADS, 2, 8, 64),
-                BasicLayer(dim, HEADS, 3, 16, 32, Resample(dim, dim, down=2)),
-                BasicLayer(dim, HEADS, 4, 16, 16, Resample(dim, dim, down=2)),
-                BasicLayer(dim, HEADS, 3, 16, 32, Resample(dim, dim, up=2)),
-                BasicLayer(dim, HEADS, 2, 8, 64, Resample(dim, dim, up=2)),
-            ]
+            [BasicLayer(dim, HEADS, *of_group) for of_group in zip(BLOCKS, WINDOWS, SIDES, changes, strict=True)]
         )
         self.down_conv = nn.Sequential(*(Conv2dLayer(dim, dim, 3, down=2) for _ in range(4)))
         self.to_style = FullyConnected(dim, 2 * dim, "lrelu")

@@ -1,0 +1,146 @@
+"""MAT's masks from the input mask alone, against what the network computes layer by layer."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from inpaintrt import models
+from inpaintrt.models import mat_layers, mat_masks
+from inpaintrt.models.mat_masks import ALL_VALID, NONE_VALID, SOME_VALID
+from inpaintrt.testing import recipe
+
+
+def strokes(height, width):
+    """Known but for two bands and a box that reaches the border."""
+    y, x = torch.arange(height)[:, None], torch.arange(width)
+    hole = ((x + 2 * y) % 97 < 12) | ((x - 40).abs() < 9) & (y > 30) | (y > height - 50) & (x > width - 60)
+    return (~hole).float()
+
+
+def masks_of(kind, height=128, width=128):
+    one = torch.zeros(height, width)
+    one[37, 101] = 1
+    mask = {
+        "random": (recipe.image("mask", height, width) < 0.02).float(),
+        "strokes": strokes(height, width),
+        "all valid": torch.ones(height, width),
+        "all hole": torch.zeros(height, width),
+        "one pixel valid": one,
+        "one pixel hole": 1 - one,
+        "half": (torch.arange(width) < width // 2).float().expand(height, width),
+        "fractional": recipe.image("fractions", height, width) * (recipe.image("where", height, width) < 0.01),
+    }[kind]
+    return mask[None, None].clone()
+
+
+KINDS = ("random", "strokes", "all valid", "all hole", "one pixel valid", "one pixel hole", "half", "fractional")
+
+
+def _stage(resolution=128):
+    network = models.create("mat", resolution=resolution, dim=6, z_dim=4, w_dim=4, channel_max=8, noise=False)
+    return recipe.fill(network).synthesis.first_stage
+
+
+def _run(stage, mask):
+    """What every partial convolution and block was given and gave, by path, in order."""
+    seen = {}
+    for path, module in stage.named_modules():
+        if isinstance(module, (mat_layers.PartialConv, mat_layers.SwinBlock)):
+            module.register_forward_hook(lambda m, args, out, path=path: seen.update({path: (m, args, out)}))
+    height, width = mask.shape[2:]
+    resolution = 64 << len(stage.enc_conv)
+    tokens = torch.ones(len(mask), 256 * (height // resolution) * (width // resolution), 6)
+    image = recipe.image("image", len(mask), 3, height, width) * 2 - 1
+    with torch.no_grad():
+        stage.encode(image, mask, torch.ones(len(mask), 2, 4), tokens)
+        plan = mat_masks.mask_plan(mask, resolution)
+        for path, (module, args, out) in seen.items():
+            if out[1] is None:
+                assert path not in plan.partial and path not in plan.attention
+            elif isinstance(module, mat_layers.PartialConv):
+                step = plan.partial[path]
+                assert torch.equal(step.valid, out[1]), path
+                assert torch.equal(module.conv(args[0]) * step.ratio, out[0]), path
+            else:
+                step = plan.attention[path]
+                flat = (len(mask), -1, 1)
+                assert torch.equal(step.mask.reshape(flat), args[2]), path
+                assert torch.equal(step.valid.reshape(flat), out[1]), path
+                assert (step.window, step.shift) == (module.window, module.shift), path
+    masked = [path for path, (*_, out) in seen.items() if out[1] is not None]
+    assert [*plan.partial] == [path for path in masked if path in plan.partial]
+    assert [*plan.attention] == [path for path in masked if path in plan.attention]
+    assert {*masked} == {*plan.partial, *plan.attention}
+    return plan
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_plan_is_what_the_network_computes(kind):
+    plan = _run(_stage(), masks_of(kind))
+    assert len(plan.partial) == 5 and len(plan.attention) == 5
+
+
+@pytest.mark.parametrize("resolution", [256, 512])
+def test_larger_networks(resolution):
+    plan = _run(_stage(resolution), masks_of("strokes", resolution, resolution))
+    assert plan.attention["tran.0.blocks.0"].mask.shape == (1, 64, 64, 1)
+    assert [*plan.partial][1] == "enc_conv.0" and len(plan.partial) == resolution.bit_length() - 3
+
+
+def test_batches_and_oblong_maps():
+    mask = torch.cat([masks_of("one pixel valid", 128, 256), masks_of("strokes", 128, 256)])
+    _run(_stage(), mask)
+
+
+def test_kinds_of_windows():
+    plan = mat_masks.mask_plan(masks_of("half"), 128)
+    first, second = plan.attention["tran.0.blocks.0"], plan.attention["tran.0.blocks.1"]
+    # 64 columns: validity ends at 33 after two 3×3 windows, in the fifth window of eight
+    assert first.kinds[0, 0].tolist() == [ALL_VALID] * 4 + [SOME_VALID] + [NONE_VALID] * 3
+    # and at 40 after that; shifted by 4, windows begin at 4, 12, …, 60, and the last wraps round to valid columns
+    assert second.kinds[0, 0].tolist() == [ALL_VALID] * 4 + [SOME_VALID] + [NONE_VALID] * 2 + [SOME_VALID]
+    for kind, whole in (("all valid", ALL_VALID), ("all hole", NONE_VALID)):
+        steps = mat_masks.mask_plan(masks_of(kind), 128).attention.values()
+        assert all((step.kinds == whole).all() for step in steps)
+        assert {step.all_valid for step in steps} == {whole == ALL_VALID}
+    assert (mat_masks.mask_plan(masks_of("fractional"), 128).attention["tran.0.blocks.0"].kinds == SOME_VALID).any()
+
+
+def test_windows_without_a_valid_token_hold_one_vector():
+    """So a block need be run once on a single token for all of them; after the group's convolution they are 0 again."""
+    stage, mask = _stage(), masks_of("half")
+    outputs = {}
+    for i in range(2):
+        stage.tran[0].blocks[i].register_forward_hook(lambda m, args, out, i=i: outputs.update({i: (args[0], out[0])}))
+    stage.tran[0].register_forward_hook(lambda m, args, out: outputs.update(group=out[0]))
+    with torch.no_grad():
+        stage.encode(recipe.image("i", 1, 3, 128, 128), mask, torch.ones(1, 2, 4), torch.ones(1, 256, 6))
+        plan = mat_masks.mask_plan(mask, 128)
+        for i in range(2):
+            step, block = plan.attention[f"tran.0.blocks.{i}"], stage.tran[0].blocks[i]
+            windows = mat_layers.Windows(64, 64, step.window, step.shift)
+            inside = (step.kinds == NONE_VALID).flatten()
+            before, after = (windows.cut(tokens)[inside].flatten(0, 1) for tokens in outputs[i])
+            assert len(before) and (before == before[0]).all()
+            values = block.attn.proj(block.attn.v(before[:1]))
+            alone = block.mlp(block.fuse(torch.cat([before[:1], values], -1)))
+            torch.testing.assert_close(after, alone.expand_as(after), rtol=1e-5, atol=1e-6)
+        nothing = plan.partial["tran.0.conv"].valid.flatten() == 0
+        assert nothing.any() and (outputs["group"][0, nothing] == 0).all()
+
+
+def test_half_precision_masks_are_counted_in_float32():
+    mask = masks_of("strokes")
+    ours = mat_masks.mask_plan(mask.bfloat16(), 128)
+    for path, step in mat_masks.mask_plan(mask, 128).partial.items():
+        assert ours.partial[path].ratio.dtype == torch.float32
+        assert torch.equal(ours.partial[path].ratio, step.ratio)
+
+
+def test_refusals():
+    with pytest.raises(ValueError, match="resolution is 100; accepted: 128, 256, 512"):
+        mat_masks.mask_plan(torch.ones(1, 1, 100, 100), 100)
+    for shape in ((1, 3, 128, 128), (1, 128, 128), (1, 1, 128, 100), (1, 1, 120, 128)):
+        with pytest.raises(ValueError, match=r"mask is .*; accepted: \(B, 1, H, W\), H and W divisible by 128"):
+            mat_masks.mask_plan(torch.ones(shape), 128)
