@@ -57,7 +57,8 @@ def _run(stage, mask):
         plan = mat_masks.mask_plan(mask, resolution)
         for path, (module, args, out) in seen.items():
             if out[1] is None:
-                assert path not in plan.partial and path not in plan.attention
+                assert path not in plan.partial
+                assert path not in plan.attention
             elif isinstance(module, mat_layers.PartialConv):
                 step = plan.partial[path]
                 assert torch.equal(step.valid, out[1]), path
@@ -78,14 +79,16 @@ def _run(stage, mask):
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_plan_is_what_the_network_computes(kind):
     plan = _run(_stage(), masks_of(kind))
-    assert len(plan.partial) == 5 and len(plan.attention) == 5
+    assert len(plan.partial) == 5
+    assert len(plan.attention) == 5
 
 
 @pytest.mark.parametrize("resolution", [256, 512])
 def test_larger_networks(resolution):
     plan = _run(_stage(resolution), masks_of("strokes", resolution, resolution))
     assert plan.attention["tran.0.blocks.0"].mask.shape == (1, 64, 64, 1)
-    assert [*plan.partial][1] == "enc_conv.0" and len(plan.partial) == resolution.bit_length() - 3
+    assert [*plan.partial][1] == "enc_conv.0"
+    assert len(plan.partial) == resolution.bit_length() - 3
 
 
 def test_batches_and_oblong_maps():
@@ -122,12 +125,14 @@ def test_windows_without_a_valid_token_hold_one_vector():
             windows = mat_layers.Windows(64, 64, step.window, step.shift)
             inside = (step.kinds == NONE_VALID).flatten()
             before, after = (windows.cut(tokens)[inside].flatten(0, 1) for tokens in outputs[i])
-            assert len(before) and (before == before[0]).all()
+            assert len(before)
+            assert (before == before[0]).all()
             values = block.attn.proj(block.attn.v(before[:1]))
             alone = block.mlp(block.fuse(torch.cat([before[:1], values], -1)))
             torch.testing.assert_close(after, alone.expand_as(after), rtol=1e-5, atol=1e-6)
         nothing = plan.partial["tran.0.conv"].valid.flatten() == 0
-        assert nothing.any() and (outputs["group"][0, nothing] == 0).all()
+        assert nothing.any()
+        assert (outputs["group"][0, nothing] == 0).all()
 
 
 def test_half_precision_masks_are_counted_in_float32():

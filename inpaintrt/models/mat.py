@@ -261,15 +261,25 @@ class Synthesis(nn.Module):
 
     def decode(self, encoded: Encoded, ws: Tensor, noise: tuple[Tensor, ...]) -> Tensor:
         """(B, 3, H, W) before the known pixels are pasted back, float32 at least."""
-        x, whole, skips = encoded
-        styles = [torch.cat([w, whole], dim=1) for w in wide(ws).unbind(1)]
-        maps: tuple[Tensor | None, ...] = noise or (None,) * (2 * len(skips) - 1)
-        first, *others = self.dec.values()
-        x, rgb = first(x, skips[0], (styles[0], styles[1]), maps[0])
-        for i, (block, skip) in enumerate(zip(others, skips[1:], strict=True)):
-            of_level = (styles[2 * i + 1], styles[2 * i + 2], styles[2 * i + 3])
-            x, rgb = block(x, skip, rgb, of_level, maps[2 * i + 1 : 2 * i + 3])
-        return rgb  # type: ignore[no-any-return]
+        x, rgb = self.lowest(encoded, ws, noise)
+        others = [*self.dec.values()][1:]
+        for i, (block, skip, styles) in enumerate(
+            zip(others, encoded.skips[1:], self.styles(encoded, ws), strict=True)
+        ):
+            maps = noise[2 * i + 1 : 2 * i + 3] or (None, None)
+            x, rgb = block(x, skip, rgb, styles, maps)
+        return rgb
+
+    def lowest(self, encoded: Encoded, ws: Tensor, noise: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+        """Features and RGB of the decoder's lowest level, which doubles nothing."""
+        first, second = (torch.cat([w, encoded.style], dim=1) for w in wide(ws[:, :2]).unbind(1))
+        lowest = next(iter(self.dec.values()))
+        return lowest(encoded.x, encoded.skips[0], (first, second), noise[0] if noise else None)  # type: ignore[no-any-return]
+
+    def styles(self, encoded: Encoded, ws: Tensor) -> list[tuple[Tensor, Tensor, Tensor]]:
+        """Of the convolutions and of RGB at each level above the lowest; RGB's is the next level's first, too."""
+        all_styles = [torch.cat([w, encoded.style], dim=1) for w in wide(ws).unbind(1)]
+        return [(all_styles[i], all_styles[i + 1], all_styles[i + 2]) for i in range(1, len(all_styles) - 2, 2)]
 
 
 def injected(x: Tensor, style: Tensor, kept: Tensor) -> Tensor:
@@ -396,7 +406,7 @@ class MAT(nn.Module):
         like = wide(self.mapping.w_avg)
         at = like.device if generator is None else generator.device
         height, width = (side * SQUARE // self.resolution for side in size)
-        dim, lowest = self.synthesis.first_stage.down_conv[0].weight.shape[0], self.synthesis.to_style.fc.weight.shape[1]
+        dim, lowest = (self.synthesis.first_stage.to_style.weight.shape[1], self.synthesis.to_style.fc.weight.shape[1])
 
         def halves(*shape: int) -> Tensor:
             if generator is None:

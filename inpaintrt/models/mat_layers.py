@@ -30,11 +30,16 @@ def wide(x: Tensor) -> Tensor:
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
-def biased(x: Tensor, bias: Tensor | None, activation: str, channels: int = 1) -> Tensor:
-    """act(x + bias) · gain; activation "linear" (gain 1) or "lrelu" (gain √2), bias along dimension `channels`."""
-    if bias is not None:
-        x = x + bias.to(x.dtype).view([-1 if i == channels % x.dim() else 1 for i in range(x.dim())])
-    return F.leaky_relu(x, 0.2) * math.sqrt(2) if activation == "lrelu" else x
+def biased(x: Tensor, bias: Tensor, activation: str, channels: int = 1) -> Tensor:
+    """act(x + bias) · gain; activation "linear" (gain 1) or "lrelu" (gain √2), bias along dimension `channels`.
+
+    Rounded to x's dtype once.
+    """
+    y = wide(x)
+    y = y + bias.to(y.dtype).view([-1 if i == channels % x.dim() else 1 for i in range(x.dim())])
+    if activation == "lrelu":
+        y = F.leaky_relu(y, 0.2) * math.sqrt(2)
+    return y.to(x.dtype)
 
 
 def resampling_filter() -> Tensor:
@@ -57,7 +62,9 @@ def filtered(x: Tensor, taps: Tensor, padding: Size, *, up: int = 1, gain: float
     return F.conv2d(F.pad(x, (before, after, before, after)), weight, groups=channels)
 
 
-def resampled_convolution(x: Tensor, weight: Tensor, taps: Tensor, up: int = 1, down: int = 1, groups: int = 1) -> Tensor:
+def resampled_convolution(
+    x: Tensor, weight: Tensor, taps: Tensor, up: int = 1, down: int = 1, groups: int = 1
+) -> Tensor:
     """Cross-correlation of x (B, groups·I, H, W) with weight (groups·O, I, k, k), "same" padding, twice or half the size.
 
     Half: the low-pass filter, then stride 2. Twice (3×3 only): zeros between pixels, the convolution, then the filter
@@ -87,8 +94,8 @@ class FullyConnected(nn.Module):
         self.bias_gain = lr_multiplier
 
     def forward(self, x: Tensor) -> Tensor:
-        weight, bias = self.weight.to(x.dtype) * self.weight_gain, self.bias.to(x.dtype)
-        return biased(F.linear(x, weight), bias * self.bias_gain, self.activation, -1)
+        weight = self.weight.to(x.dtype) * self.weight_gain
+        return biased(F.linear(x, weight), self.bias * self.bias_gain, self.activation, -1)
 
 
 class Conv2dLayer(nn.Module):
@@ -192,9 +199,12 @@ class ToRGB(nn.Module):
         y = biased(wide(self.conv(x, style)), self.bias, "linear")
         if below is None:
             return y
-        if below.shape != y.shape:
-            below = filtered(below, self.resample_filter, (2, 1), up=2, gain=4.0)
-        return y + below
+        return y + (below if below.shape == y.shape else self.doubled(below))
+
+    def doubled(self, below: Tensor) -> Tensor:
+        """RGB (B, 3, H, W) at twice the size: each pixel three quarters of the nearest one and a quarter of the next, along
+        both axes, with zeros outside."""
+        return filtered(below, self.resample_filter, (2, 1), up=2, gain=4.0)
 
 
 class Mapping(nn.Module):
@@ -338,9 +348,7 @@ class WindowAttention(nn.Module):
     def forward(self, x: Tensor, mask: Tensor | None = None, strangers: Tensor | None = None) -> Tensor:
         """x (B · windows, N, C), mask (B · windows, N, 1) or None, strangers (windows, N, N) or None → like x."""
         unit = F.normalize(wide(x), dim=-1).to(x.dtype)
-        q, k, v = (
-            y.unflatten(-1, (self.heads, -1)).transpose(1, 2) for y in (self.q(unit), self.k(unit), self.v(x))
-        )
+        q, k, v = (y.unflatten(-1, (self.heads, -1)).transpose(1, 2) for y in (self.q(unit), self.k(unit), self.v(x)))
         logits = wide(q) @ wide(k).transpose(-2, -1) * (q.shape[-1] ** -0.5)
         if strangers is not None:
             grouped = logits.unflatten(0, (-1, len(strangers)))
@@ -414,9 +422,7 @@ class BasicLayer(nn.Module):
         if downsample is not None:
             self.downsample = downsample
         shift = window // 2 if side > window else 0
-        self.blocks = nn.ModuleList(
-            [SwinBlock(width, heads, min(window, side), shift * (i % 2)) for i in range(depth)]
-        )
+        self.blocks = nn.ModuleList([SwinBlock(width, heads, min(window, side), shift * (i % 2)) for i in range(depth)])
         self.conv = PartialConv(width, width)
 
     def forward(self, x: Tensor, size: Size, mask: Tensor | None = None) -> tuple[Tensor, Size, Tensor | None]:
