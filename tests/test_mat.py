@@ -612,6 +612,37 @@ def test_bfloat16(kind):
         assert (ours.double() - truth).square().mean().sqrt() < 0.05 * spread
 
 
+def test_layers_in_float16_keep_float32_where_it_counts():
+    """What turns the public code's results into NaN: ratios in holes, norms of zero tokens, demodulation of small weights.
+
+    Attention is compared where every key is masked: −100 and the logits together would have four bits left for these.
+    """
+    x, nothing = recipe.image("x", 1, 6, 8, 8) * 2 - 1, torch.zeros(1, 1, 8, 8)
+    tokens, style = _tokens(x), recipe.image("style", 1, 5) * 2 - 1
+    attention = recipe.fill(mat_layers.WindowAttention(6, 2))
+    modulated = recipe.fill(mat_layers.StyleConv(6, 4, 5))
+    partial = recipe.fill(mat_layers.PartialConv(6, 4))
+    with torch.no_grad():
+        for layer in (attention.q, attention.k):
+            layer.weight.mul_(30)
+        modulated.conv.weight.mul_(1e-3)
+        for module, args in (
+            (attention, (tokens, _tokens(nothing))),
+            (attention, (tokens * 0, None)),
+            (modulated, (x, style)),
+            (modulated, (x, style * 1000)),
+            (partial, (x, nothing)),
+            (partial, (x, (recipe.image("mask", 1, 1, 8, 8) < 0.2).float())),
+        ):
+            single = copy.deepcopy(module).half().float()(*args)
+            half = copy.deepcopy(module).half()(args[0].half(), *args[1:])
+            for ours, exact in zip(
+                *((out if isinstance(out, tuple) else (out,)) for out in (half, single)), strict=True
+            ):
+                bound = 3e-3 * max(1.0, float(exact.abs().max()))
+                torch.testing.assert_close(ours.float(), exact, rtol=0, atol=bound)
+
+
 def test_float16_is_refused_on_the_cpu():
     network = _small().half()
     image, mask = _photo(network)
