@@ -480,6 +480,16 @@ HEADS = {
 }
 
 
+def test_safetensors_that_begins_like_a_pickle(tmp_path, state):
+    """The length of the header comes first: 640 or 1152 bytes are the two that open a pickle of protocol 2 or 4."""
+    path = tmp_path / "w.safetensors"
+    for length, head in ((0x280, b"\x80\x02"), (0x480, b"\x80\x04")):
+        header = json.dumps({"x": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}).encode().ljust(length)
+        path.write_bytes(length.to_bytes(8, "little") + header + bytes(4))
+        assert path.read_bytes().startswith(head)
+        assert "none of its 1 keys" in refusal(path)
+
+
 @pytest.mark.parametrize("found", HEADS)
 @pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
 def test_what_a_file_is_instead(tmp_path, found, suffix):

@@ -8,6 +8,8 @@ import math
 import pathlib
 import pickle
 import re
+import sys
+import types
 
 import numpy as np
 import pytest
@@ -731,6 +733,56 @@ def test_files_are_recognised(tmp_path, noise, prefix):
         loaded = inpaintrt.load("mat", tmp_path / name)
         assert _same(loaded, network), name
         assert loaded.config["noise"] == noise
+
+
+def _persistent(module):
+    """A module as StyleGAN2's code pickles it: a call of a function of its own with all that makes it again."""
+    parts = {name: _Persistent(child) for name, child in module.named_children()}
+    own = {
+        "_parameters": dict(module._parameters),
+        "_buffers": dict(module._buffers),
+        "_modules": parts,
+        "training": False,
+    }
+    return {
+        "type": "class",
+        "version": 6,
+        "module_src": "raise SystemExit",
+        "class_name": type(module).__name__,
+        "state": own,
+    }
+
+
+class _Persistent:
+    def __init__(self, module):
+        self.module = module
+
+    def __reduce__(self):
+        return sys.modules["torch_utils.persistence"]._reconstruct_persistent_obj, (_persistent(self.module),)
+
+
+def test_official_pickles(tmp_path, monkeypatch):
+    """The networks of a training run in a plain pickle, of classes that are not installed: read as data, G_ema wins."""
+    package, module = types.ModuleType("torch_utils"), types.ModuleType("torch_utils.persistence")
+    exec("def _reconstruct_persistent_obj(meta): raise SystemExit", module.__dict__)
+    monkeypatch.setitem(sys.modules, package.__name__, package)
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    network, other = _small(), _small()
+    with torch.no_grad():
+        other.mapping.fc0.weight.zero_()
+    block = network.synthesis.first_stage.tran[0].blocks[1]
+    block.register_buffer("attn_mask", torch.zeros(64, 64, 64))
+    content = {"training_set_kwargs": {"path": None}, "G": _Persistent(other), "G_ema": _Persistent(network), "D": None}
+    path = tmp_path / "CelebA-HQ_256.pkl"
+    path.write_bytes(pickle.dumps(content))
+    del block.attn_mask
+    monkeypatch.setitem(sys.modules, module.__name__, None)
+    assert _same(inpaintrt.load("mat", path), network)
+    assert _same(inpaintrt.load("mat", path, prefix="G"), other)
+    whole = path.read_bytes()
+    for size in (len(whole) // 3, len(whole) - 10):
+        path.write_bytes(whole[:size])
+        assert "damaged" in _refusal("mat", path)
 
 
 def test_load_state_dict_takes_the_public_keys():

@@ -69,7 +69,8 @@ def load(name: str, path: str | os.PathLike[str] | None = None, **options: Any) 
         name: "lama_mini" (shipped with the package, no path), or a family, a key of `NETWORKS`, together with
             `path`.
         path: safetensors, a torch checkpoint of any age (plain or nested state dict, Lightning checkpoint, pickled
-            module) or a TorchScript archive. Only tensors are read; no code in the file is imported or run.
+            module), a plain pickle of networks (`.pkl`) or a TorchScript archive. Only tensors are read; no code in the
+            file is imported or run.
         options: as for `build`.
 
     Raises:
@@ -183,7 +184,7 @@ def _root(family: str, state: Mapping[str, Tensor], source: str, prefix: str | N
             raise WeightsError(f"{source}: {len(chosen)} {family} generators under {prefix!r} (found {_quoted(found)})")
         return chosen[0]
     if len(found) > 1:
-        plain = [root for root in found if "generator" in root.split(".")]
+        plain = [root for root in found if not {"generator", "G_ema"}.isdisjoint(root.split("."))]
         if len(plain) != 1:
             raise WeightsError(
                 f"{source}: {len(found)} {family} generators, {_quoted(found)}; choose one with prefix=…"

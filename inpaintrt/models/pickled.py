@@ -8,6 +8,7 @@ nothing that they contain is imported or run.
 
 from __future__ import annotations
 
+import io
 import math
 import pickletools
 import struct
@@ -20,11 +21,15 @@ import torch
 
 @dataclass(frozen=True)
 class Storage:
-    """Raw memory that a pickle refers to: element type and count, and under which key the file holds it."""
+    """Raw memory that a pickle refers to: element type and count, and under which key the file holds it.
+
+    `data` are its bytes where the pickle itself holds them.
+    """
 
     key: str
     dtype: torch.dtype
     numel: int
+    data: memoryview | None = field(default=None, compare=False, repr=False)
 
     @property
     def nbytes(self) -> int:
@@ -222,6 +227,19 @@ def _tensor(storage: Any, offset: Any, size: Any, stride: Any, *rest: Any) -> Te
     return TensorRef(storage, dtype, offset, size, stride)
 
 
+def _embedded(data: Any) -> Storage:
+    """torch.storage._load_from_bytes: a storage inside a plain pickle, itself a small file in torch's older form."""
+    stream = io.BytesIO(_as(bytes, data))
+    _magic, _protocol, system, storage, _keys = (read(stream) for _ in range(5))
+    if not _as(dict, system).get("little_endian", True):
+        raise ValueError("a storage written on a big-endian machine")
+    (count,) = struct.unpack("<q", stream.read(8))
+    raw = memoryview(data)[stream.tell() :][: _as(Storage, storage).nbytes]
+    if count != storage.numel or len(raw) != storage.nbytes:
+        raise ValueError(f"{count} elements in {len(raw)} bytes in place of {storage.numel}")
+    return Storage(f"{storage.key} in {id(data)}", storage.dtype, storage.numel, raw)
+
+
 def _subclass(make: Any, _kind: Any, args: Any, _state: Any) -> Any:
     """torch._tensor._rebuild_from_type_v2: a tensor with attributes of its own."""
     return _construct(make, args)
@@ -253,6 +271,7 @@ _CONSTRUCTORS: dict[str, Callable[..., Any]] = {
     "torch._utils._rebuild_parameter": _first,
     "torch._utils._rebuild_parameter_with_state": _first,
     "torch._tensor._rebuild_from_type_v2": _subclass,
+    "torch.storage._load_from_bytes": _embedded,
     "torch.jit._pickle.restore_type_tag": _first,
     "torch.jit._pickle.build_intlist": _first,
     "torch.jit._pickle.build_tensorlist": _first,

@@ -1,8 +1,9 @@
 """Tensors of a weights file by name, whichever of the usual forms it has; what a file contains is never run.
 
 A file is judged by its content, not by its suffix: safetensors; torch's zip form (1.6 and later), be it a state dict, a
-training checkpoint or a pickled module; torch's older form; and TorchScript archives. The last are read like
-checkpoints, by attribute path: `torch.jit.load` would compile the archive's code and run its `__setstate__` methods.
+training checkpoint or a pickled module; torch's older form; plain pickles with tensors in them, as StyleGAN2's heirs write
+networks; and TorchScript archives. The last are read like checkpoints, by attribute path: `torch.jit.load` would compile the
+archive's code and run its `__setstate__` methods.
 """
 
 from __future__ import annotations
@@ -102,6 +103,8 @@ class WeightsFile(Mapping[str, Tensor], AbstractContextManager["WeightsFile"]):
             self._open_legacy()
         elif len(head) > 8 and head[8:9] == b"{" and struct.unpack("<Q", head[:8])[0] < 1 << 32:
             self._open_safetensors(path)
+        elif re.match(rb"\x80[\x02-\x05]", head):  # so may a safetensors file begin, with the length of its header
+            self._open_pickle()
         else:
             self.refuse(_what_else(head, path))
 
@@ -189,6 +192,17 @@ class WeightsFile(Mapping[str, Tensor], AbstractContextManager["WeightsFile"]):
         if not self._readers:
             self.refuse(f"no tensors in it, but {_name_of(content)}")
 
+    def _open_pickle(self) -> None:
+        def read(storage: Storage) -> bytearray:
+            if storage.data is None:
+                raise ValueError("the values of its tensors are in another file")
+            return bytearray(storage.data)
+
+        content = pickled.read(self._file)
+        self._collect(content, read, None)
+        if not self._readers:
+            self.refuse(f"a pickle that torch did not write, no tensors in it, but {_name_of(content)}")
+
     # ---- from a pickle's content to names ----
 
     def _collect(self, content: Any, read: Callable[[Storage], bytearray], code: Callable[[str], str] | None) -> None:
@@ -204,8 +218,8 @@ class WeightsFile(Mapping[str, Tensor], AbstractContextManager["WeightsFile"]):
             if isinstance(value, TensorRef):
                 self._readers[name] = partial(tensor, value)
             else:
-                state = value.state if isinstance(value.state, dict) else {}
-                self.modules[name] = ModuleNote(value.kind, state, code(value.name) if code else "")
+                kind, state = _kind_and_state(value)
+                self.modules[name] = ModuleNote(kind, state, code(value.name) if code else "")
 
 
 def _walk(content: Any) -> Iterator[tuple[str, TensorRef | Record]]:
@@ -229,9 +243,16 @@ def _walk(content: Any) -> Iterator[tuple[str, TensorRef | Record]]:
 
 def _children(record: Record) -> dict[Any, Any]:
     """What a module or a dict-like object holds: a pickled nn.Module keeps its parts in three dicts."""
-    state = record.state if isinstance(record.state, dict) else {}
+    _, state = _kind_and_state(record)
     parts = [state[name] for name in ("_parameters", "_buffers", "_modules") if isinstance(state.get(name), dict)]
     return {key: child for part in [record.items, *(parts or [state])] for key, child in part.items()}
+
+
+def _kind_and_state(record: Record) -> tuple[str, dict[Any, Any]]:
+    """A module's class and attributes. StyleGAN2's code wraps both, and the source of the class, in a call with one dict."""
+    meta = record.args[0] if record.kind == "_reconstruct_persistent_obj" and len(record.args) == 1 else None
+    kind, state = (meta.get("class_name"), meta.get("state")) if isinstance(meta, dict) else (record.kind, record.state)
+    return str(kind), state if isinstance(state, dict) else {}
 
 
 # ---- what a file is instead ----
@@ -248,7 +269,6 @@ _HEADS: tuple[tuple[bytes, str], ...] = (
     (rb"\x1f\x8b", "a gzip archive; unpack it first"),
     (rb".{4}TFL3", "a TensorFlow Lite model"),
     (rb"\x08[\x01-\x20].{0,200}(pytorch|onnx|tf2onnx)", "an ONNX model"),
-    (rb"\x80[\x02-\x05]", "a pickle that torch did not write"),
     (rb".{257}ustar", "a tar archive"),
 )
 
