@@ -7,7 +7,9 @@ from .fourier_unit import fourier_unit
 from .fused_conv2d import fused_conv2d
 from .gated_activation import gated_activation
 from .gated_conv2d import gated_conv2d
+from .modulated_conv2d import modulated_conv2d
 from .partial_conv2d import partial_conv2d
+from .upfirdn2d import upfirdn2d
 
 # fmt: off
-__all__ = ["aot_gate", "contextual_attention", "contextual_attention_with_offsets", "fourier_unit", "fused_conv2d", "gated_activation", "gated_conv2d", "partial_conv2d"]
+__all__ = ["aot_gate", "contextual_attention", "contextual_attention_with_offsets", "fourier_unit", "fused_conv2d", "gated_activation", "gated_conv2d", "modulated_conv2d", "partial_conv2d", "upfirdn2d"]

@@ -1,0 +1,79 @@
+"""Golden cases of the style-modulated networks and their ops: inputs, weights and stored numbers."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import pathlib
+import re
+
+import torch
+from safetensors.torch import load_file
+
+from inpaintrt import use_backend
+from inpaintrt.testing import recipe
+
+GOLDEN = pathlib.Path(__file__).parent / "golden"
+
+
+@functools.cache
+def case(name):
+    return json.loads((GOLDEN / name / "case.json").read_text())
+
+
+@functools.cache
+def tensors(name):
+    return load_file(GOLDEN / name / "tensors.safetensors")
+
+
+def backend(name, op):
+    """Nothing for the reference by its own path: a context that forces `name` otherwise."""
+    return use_backend(name, op=op) if name else contextlib.nullcontext()
+
+
+def picture(spec):
+    return recipe.image(spec["name"], *spec["shape"]) * spec.get("scale", 1.0) + spec.get("shift", 0.0)
+
+
+def mask(spec):
+    made = torch.full(spec["shape"], float(spec["base"]))
+    for batch, channel, top, bottom, left, right, value in spec["rects"]:
+        at = [slice(None) if n == "all" else slice(n, n + 1) for n in (batch, channel)]
+        made[at[0], at[1], top:bottom, left:right] = value
+    return made
+
+
+def pictures(run):
+    """The inputs of a run by name, as float32."""
+    return {name: (picture if s["kind"] == "image" else mask)(s) for name, s in run["inputs"].items()}
+
+
+def fill(module, spec):
+    """Recipe weights, then the steps that the case lists; checks the public state-dict layout on the way."""
+    own = module.state_dict()
+    if not isinstance(spec["state_dict"], str):
+        assert [(key, list(t.shape)) for key, t in own.items()] == [
+            (key, shape) for key, shape, *_ in spec["state_dict"]
+        ]
+    assert sum(p.numel() for p in module.parameters()) == spec["parameters"]
+    recipe.fill(module)
+    for step in spec["after_fill"]:
+        for key in step["keys"]:
+            if step["op"] == "pow2":
+                own[key].mul_(2.0 ** step["keys"][key])
+            elif step["op"] == "image":
+                own[key].copy_(recipe.image(key, *own[key].shape) * step["scale"] + step["shift"])
+            else:
+                assert step["op"] == "fir4"
+                taps = torch.tensor([1.0, 3.0, 3.0, 1.0])
+                own[key].copy_(step["gain"] * torch.outer(taps, taps) / 64)
+    return module.eval()
+
+
+def cut(t, info):
+    """The part of a result that is stored."""
+    if "slice" not in info:
+        return t
+    at = re.search(r"full\[(.*?)\]", info["slice"])[1]
+    return t[tuple(slice(*(int(n) if n else None for n in part.strip().split(":"))) for part in at.split(","))]
