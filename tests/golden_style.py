@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from inpaintrt import use_backend
-from inpaintrt.testing import recipe
+from inpaintrt.testing import assert_close_to_truth, recipe
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 
@@ -53,9 +53,7 @@ def fill(module, spec):
     """Recipe weights, then the steps that the case lists; checks the public state-dict layout on the way."""
     own = module.state_dict()
     if not isinstance(spec["state_dict"], str):
-        assert [(key, list(t.shape)) for key, t in own.items()] == [
-            (key, shape) for key, shape, *_ in spec["state_dict"]
-        ]
+        assert {key: list(t.shape) for key, t in own.items()} == {key: shape for key, shape, *_ in spec["state_dict"]}
     assert sum(p.numel() for p in module.parameters()) == spec["parameters"]
     recipe.fill(module)
     for step in spec["after_fill"]:
@@ -77,3 +75,15 @@ def cut(t, info):
         return t
     at = re.search(r"full\[(.*?)\]", info["slice"])[1]
     return t[tuple(slice(*(int(n) if n else None for n in part.strip().split(":"))) for part in at.split(","))]
+
+
+def assert_golden(name, key, actual, actual64=None):
+    """The stored part of a result: float64 to the last bits, float32 within its tolerance."""
+    stored, info = tensors(name), case(name)["tensors"][key]
+    if f"{key}64" in stored:
+        truth = stored[f"{key}64"]
+        if actual64 is not None:
+            torch.testing.assert_close(cut(actual64, info), truth, rtol=1e-12, atol=1e-12)
+        assert_close_to_truth(cut(actual, info), truth, stored[key], context=key)
+    else:
+        torch.testing.assert_close(cut(actual, info), stored[key], rtol=1e-4, atol=1e-5)

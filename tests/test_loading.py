@@ -558,7 +558,7 @@ def test_other_networks(tmp_path, state):
     assert "the discriminator of a GAN" in message(["discriminator.model0.0.weight", "discriminator.model0.0.bias"])
     assert "an FcF generator" in message(["synthesis.b32.ffc_skip.0.ffc_act.ffc_block.conv1.ffc.convl2l.weight"])
     assert "a mat generator" in message(["synthesis.first_stage.conv_first.conv.weight"])
-    assert "a MI-GAN generator" in message(["encoder.b256.conv1.conv1.weight"])
+    assert "a migan generator" in message(["synthesis.b4.conv1.conv1.weight"])
     assert "a latent diffusion model" in message(["model.diffusion_model.out.0.weight"])
     assert "a LaMa without Fourier convolutions" in message(["model.11.conv_block.1.weight"])
     assert "another layout" in message(["layer1.0.conv1.ffc.convl2l.weight"])

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from inpaintrt.runtime.errors import WeightsError
 
-from . import aotgan, deepfill_v1, deepfill_v2, glcic, lama, mat, partialconv_unet
+from . import aotgan, comodgan, deepfill_v1, deepfill_v2, glcic, lama, mat, migan, partialconv_unet
 from .weights_file import ModuleNote, WeightsFile
 
 NETWORKS = {
@@ -25,6 +25,8 @@ NETWORKS = {
     "glcic": glcic.GLCIC,
     "mat": mat.MAT,
     "partialconv_unet": partialconv_unet.PConvUNet,
+    "comodgan": comodgan.CoModGAN,
+    "migan": migan.MIGAN,
 }
 SHIPPED = {"lama_mini": ("lama", "lama_mini.safetensors")}
 _FAMILIES = {
@@ -35,6 +37,8 @@ _FAMILIES = {
     "glcic": glcic,
     "mat": mat,
     "partialconv_unet": partialconv_unet,
+    "comodgan": comodgan,
+    "migan": migan,
 }
 """Modules that know what their weights look like. Each has ANCHORS: keys below the container of layers, one of which is in
 every such file and in no other; NAMES: a pattern that fits the beginning of all keys there; PREFIX: what precedes them in
@@ -46,7 +50,6 @@ _OTHERS = (
     (r"^(.*\.)?(discriminator\..*|model0\.0\.weight)$", "the discriminator of a GAN"),
     (r"\.ffc_skip\.", "an FcF generator"),
     (r"(^|\.)head\.\d+\.conv_gate\.gain$", "manga-image-translator's AOT network of gated, standardised convolutions"),
-    (r"encoder\.b\d+\.conv1\.conv1\.", "a MI-GAN generator"),
     (r"model\.diffusion_model\.", "a latent diffusion model"),
     (r"model\.\d+\.conv_block\.", "a LaMa without Fourier convolutions"),
     (r"(^|\.)conv13_upsample_conv\.", "a CR-Fill generator"),

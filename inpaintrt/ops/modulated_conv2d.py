@@ -13,6 +13,7 @@ channels of x by γs, convolve once with W, and scale the outputs by d, for whic
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -224,7 +225,7 @@ def _samples(level: str) -> Iterator[Sample]:
 
     if level == "bench":
         # Co-ModGAN's decoder at 512 pixels, from its widest to its largest layers, and MAT's first decoder at 512.
-        styled = {"tensors": "noises noise_strength bias", "activation": "leaky_relu", "gain": 2**0.5}
+        styled: dict[str, Any] = {"tensors": "noises noise_strength bias", "activation": "leaky_relu", "gain": 2**0.5}
         for inputs, outputs, side in ((512, 512, 16), (512, 512, 64), (256, 128, 128), (128, 64, 256)):
             yield sample(f"{inputs}to{outputs}x{side}-up", (1, inputs, side, side), outputs, up=2, **styled)
             yield sample(f"{outputs}to{outputs}x{2 * side}", (1, outputs, 2 * side, 2 * side), outputs, **styled)
