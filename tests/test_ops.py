@@ -22,8 +22,8 @@ from .conftest import ran
 
 DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
 DTYPES = sorted(FLOATS, key=str)
-# The reference multiplies the zeros around an image with infinities in it, 0 · ∞ = NaN; kernels leave those products out.
-PADS_PATCHES = ("contextual_attention", "contextual_attention_with_offsets")
+# The reference multiplies the zeros around an image, or in it, with infinities, 0 · ∞ = NaN; kernels leave those products out.
+PADS_PATCHES = ("contextual_attention", "contextual_attention_with_offsets", "upfirdn2d")
 # The other way round: the engine multiplies zeros around an image with infinite weights, oneDNN leaves those products out.
 READS_PADDING = ("fused_conv2d", "gated_conv2d", "partial_conv2d")
 

@@ -1,14 +1,16 @@
 // A call of one of the convolution ops, as the engine's algorithms see it.
 //
-// fused_conv2d, gated_conv2d and partial_conv2d differ in what surrounds the sums: conv_source.h reads the input
-// (concatenation, mask, upsampling, padding), conv_finish.h makes outputs of sums. Between them an algorithm computes
-// sums of one or more rows: conv_winograd.cpp, conv_direct.cpp or conv_pointwise.cpp, chosen by conv_plan.cpp.
+// fused_conv2d, gated_conv2d, partial_conv2d and modulated_conv2d differ in what surrounds the sums: conv_source.h
+// reads the input (concatenation, mask, upsampling, padding), conv_finish.h makes outputs of sums. Between them an
+// algorithm computes sums of one or more rows: conv_winograd.cpp, conv_direct.cpp or conv_pointwise.cpp, chosen by
+// conv_plan.cpp.
 #pragma once
 
 #include <initializer_list>
 
 #include "activation.h"
 #include "inpaintrt/abi.h"
+#include "resample.h"
 #include "rows.h"
 #include "sizes.h"
 
@@ -20,11 +22,22 @@ constexpr int kMostParts = 2;
 
 enum class Padding { zeros, reflect, replicate };
 
+// What a modulated convolution has beyond others. The numbers are floats, whatever the tensors are.
+struct Style {
+  const float *inputs, *outputs;  // factors of channels, (B, Cin) and (B, Cout), or null
+  const float* noise;             // (planes, H', W'), added before the bias, or null
+  int64_t planes;                 // 1 or B
+  float gain, clamp;              // of the activation's result; no bound: infinity
+  const Resampling* filter;       // x is read through it, or null
+  int64_t height, width;          // of x, as it is read through the filter
+};
+
 struct Call {
   const irt_view* x;  // `parts` of them, side by side along the channels; the first of two fills whole vectors of lanes
   int parts;
   const irt_view *weight, *bias, *scale, *shift, *mask, *residual, *out;
   const float *ratio, *valid;  // of partial convolution: planes (B, H', W'), or null
+  const Style* style;          // of modulated convolution, or null
   int64_t stride, dilation, upsample;
   int64_t top, left, bottom, right;
   Padding padding;

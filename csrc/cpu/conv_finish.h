@@ -2,6 +2,8 @@
 // in L1, and back to the tensor's layout.
 #pragma once
 
+#include <cmath>
+
 #include "conv.h"
 
 namespace irt::INPAINTRT_ISA::conv {
@@ -15,6 +17,10 @@ class Finish {
   // `count` pixels, from `first` on, of row y of a unit of outputs; their sums as [pixel][lane], which are overwritten.
   // `gates` are those of a gated convolution.
   void operator()(int64_t b, int64_t unit, int64_t y, int64_t first, int64_t count, float* sums, float* gates) const {
+    if (call_.style) {
+      styled(b, unit, y, first, count, sums);
+      return write(b, unit, y, first, count, sums);
+    }
     if (partial_) {
       renormalise(b, unit, y, first, count, sums);
     } else if (affine_) {
@@ -48,6 +54,24 @@ class Finish {
     } else {
       for (int64_t i = 0; i < count; ++i) store(sums + i * W, load(sums + i * W) + shift);
     }
+  }
+
+  void styled(int64_t b, int64_t unit, int64_t y, int64_t first, int64_t count, float* sums) const {
+    const Style& style = *call_.style;
+    const int64_t o = filters_.first(unit), width = call_.width();
+    const Vec bias = vector_of(call_.bias, unit, 0.0f), gain(style.gain), clamp(style.clamp), alpha(call_.alpha);
+    const Vec scale =
+        style.outputs ? load_some(style.outputs + b * call_.outputs() + o, filters_.count(unit)) : Vec(1.0f);
+    const int64_t plane = style.planes == 1 ? 0 : b;
+    const float* noise = style.noise ? style.noise + (plane * call_.height() + y) * width + first : nullptr;
+    const bool bounded = style.clamp < INFINITY;
+    with_activation(call_.act, [&](auto act) {
+      for (int64_t i = 0; i < count; ++i) {
+        const Vec shift = noise ? bias + Vec(noise[i]) : bias;
+        const Vec v = gain * activate<decltype(act)::value>(fma(load(sums + i * W), scale, shift), alpha);
+        store(sums + i * W, bounded ? at_most(clamp, at_least(Vec(0.0f) - clamp, v)) : v);
+      }
+    });
   }
 
   // u · (ratio · sums + bias), or ratio · sums; where nothing is valid that is 0 whatever they are.

@@ -135,12 +135,12 @@ void write_key(const Call& c, char (&key)[kBytes]) {
   const auto at = [](int64_t number) { return static_cast<long long>(number); };
   snprintf(
       key, kBytes,
-      "convolution %s %lld>%lld %lldx%lld%s%s stride %lld dilation %lld up %lld%s pad %d to %lldx%lldx%lld threads "
+      "convolution %s %lld>%lld %lldx%lld%s%s stride %lld dilation %lld up %lld%s%s pad %d to %lldx%lldx%lld threads "
       "%d%s " IRT_STRING(INPAINTRT_ISA),
       single(c) ? "float32" : "bfloat16", at(c.inputs()), at(c.outputs()), at(c.kernel_height()), at(c.kernel_width()),
       c.gated ? " gated" : "", c.transposed ? " transposed" : "", at(c.stride), at(c.dilation), at(c.upsample),
-      c.upsample > 1 && !doubled_by_phases(c) ? " whole" : "", pads(c), at(c.batch()), at(c.height()), at(c.width()),
-      c.threads, c.ieee ? " ieee" : "");
+      c.upsample > 1 && !doubled_by_phases(c) ? " whole" : "", c.style && c.style->filter ? " filtered" : "", pads(c),
+      at(c.batch()), at(c.height()), at(c.width()), c.threads, c.ieee ? " ieee" : "");
 }
 
 const Algorithm& cheapest(const Call& call) {

@@ -20,7 +20,8 @@ struct Flat {
 
   explicit Flat(const Call& given) : out(*given.out), call(given) {
     residual = given.residual ? *given.residual : out;
-    bool flat = flatten(out) && flatten(residual) && !given.mask && given.upsample == 1;
+    bool flat = flatten(out) && flatten(residual) && !given.mask && given.upsample == 1 &&
+                !(given.style && given.style->filter);
     for (int i = 0; i < given.parts; ++i) flat = flatten(x[i] = given.x[i]) && flat;
     if (!flat) return;
     call.x = x, call.out = &out, call.residual = given.residual ? &residual : nullptr;

@@ -16,8 +16,9 @@ class Source {
   Source(const Call& call, bool doubled)
       : call_(call),
         zoom_(doubled ? call.upsample : 1),
-        height_(call.x->sizes[2] * zoom_),
-        width_(call.x->sizes[3] * zoom_) {}
+        filter_(call.style ? call.style->filter : nullptr),
+        height_(filter_ ? call.style->height : call.x->sizes[2] * zoom_),
+        width_(filter_ ? call.style->width : call.x->sizes[3] * zoom_) {}
 
   static int64_t lanes(const Call& call) { return ceil_div(call.inputs(), Lane::kChannels); }
   static int64_t blocks(const Call& call) { return ceil_div(call.inputs(), kChannels); }
@@ -48,7 +49,9 @@ class Source {
 
  private:
   const Call& call_;
-  int64_t zoom_, height_, width_;
+  int64_t zoom_;
+  const Resampling* filter_;
+  int64_t height_, width_;
 
   // The position in [0, size) that position i reads, or −1 for zero.
   int64_t origin(int64_t i, int64_t size, int64_t before, int64_t after) const {
@@ -59,6 +62,7 @@ class Source {
   }
 
   void inside(int64_t b, int64_t block, int64_t y, int64_t begin, int64_t end, float* to) const {
+    if (filter_) return filtered(b, block, y, begin, end, to);
     if (zoom_ == 1) return stored(b, block, y, begin, end, to);
     const int64_t low = begin / 2;
     stored(b, block, y / 2, low, (end - 1) / 2 + 1, to);
@@ -74,6 +78,38 @@ class Source {
     }
     read_row<Lane>(row_of<const T, Lane>(*part, b, local, y, begin), end - begin, to);
     if (call_.mask) apply_mask(b, block, y, begin, end, to);
+    if (call_.style && call_.style->inputs) {
+      const Factors f = factors(b, block);
+      for (int64_t i = 0; i < end - begin; ++i) store(to + i * W, f.times(load(to + i * W)));
+    }
+  }
+
+  // The style's factors of one block of channels.
+  struct Factors {
+    Vec even, odd;
+
+    Vec times(Vec v) const { return Lane::pack(even * Lane::even(v), odd * Lane::odd(v)); }
+  };
+
+  Factors factors(int64_t b, int64_t block) const {
+    constexpr int64_t each = Lane::kChannels;
+    const int64_t first = block * kChannels, count = least(kChannels, call_.inputs() - first);
+    const float* at = call_.style->inputs + b * call_.inputs() + first;
+    return {load_some(at, ceil_div(count, each), each), load_some(at + each - 1, count / each, each)};
+  }
+
+  void filtered(int64_t b, int64_t block, int64_t y, int64_t begin, int64_t end, float* to) const {
+    const irt_view& x = *call_.x;
+    const auto read = [&](int64_t row, int64_t first, int64_t count, float* line) {
+      read_row<Lane>(row_of<const T, Lane>(x, b, block, row, first), count, line);
+    };
+    const Resampled<Lane> rows(*filter_, x.sizes[2], x.sizes[3]);
+    if (!call_.style->inputs) {
+      return rows.row(y, begin, end - begin, 1, to, read, [](Vec even, Vec odd) { return Lane::pack(even, odd); });
+    }
+    const Factors f = factors(b, block);
+    rows.row(y, begin, end - begin, 1, to, read,
+             [&](Vec even, Vec odd) { return Lane::pack(even * f.even, odd * f.odd); });
   }
 
   void apply_mask(int64_t b, int64_t block, int64_t y, int64_t begin, int64_t end, float* to) const {

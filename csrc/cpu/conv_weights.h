@@ -15,6 +15,8 @@ class Weights {
     out_ = stride(call.transposed ? 1 : 0), in_ = stride(call.transposed ? 0 : 1);
     row_ = stride(2), column_ = stride(3);
     width_ = w.sizes[3], taps_ = w.sizes[2] * w.sizes[3];
+    mirrored_ = column_ == -1 && row_ == -width_;
+    if (mirrored_) data_ -= taps_ - 1, column_ = 1, row_ = width_;
     dense_ = (column_ == 1 || width_ == 1) && (row_ == width_ || w.sizes[2] == 1);
   }
 
@@ -45,7 +47,8 @@ class Weights {
   Filters filters_;
   const T* data_;
   int64_t out_, in_, row_, column_, width_, taps_;
-  bool dense_;  // the taps of a channel lie one after the other
+  bool dense_;     // the taps of a channel lie one after the other
+  bool mirrored_;  // they do, the last one first
 
   // n values of each of `count` outputs, which lie one after the other.
   void dense(const T* from, int64_t count, int64_t n, float* to) const {
@@ -57,6 +60,13 @@ class Weights {
         lanes[lane] = some == W ? load(row) : load_some(row, some);
       }
       transpose(lanes);
+      if (mirrored_) {
+        for (int64_t i = 0; i < some; ++i) {
+          const int64_t tap = (j + i) % taps_;
+          store(to + (j + i - tap + taps_ - 1 - tap) * W, lanes[i]);
+        }
+        continue;
+      }
       for (int64_t i = 0; i < some; ++i) store(to + (j + i) * W, lanes[i]);
     }
   }

@@ -34,6 +34,8 @@ struct Single {
   // Lanes of the channels 0, 2, 4 …, and 1, 3, 5 … where a lane holds two.
   static Vec pack(Vec even, Vec) { return even; }
   static Vec times(Vec a, Vec b) { return a * b; }
+  static Vec even(Vec v) { return v; }
+  static Vec odd(Vec) { return Vec(0.0f); }
 };
 
 #if defined(__AVX512BF16__)
@@ -60,12 +62,13 @@ struct Pair {
     return _mm512_castsi512_ps(_mm512_or_si512(low, high));
   }
   static Vec times(Vec a, Vec b) { return pack(even(a) * even(b), odd(a) * odd(b)); }
-
- private:
+  // The channels of a lane as floats.
   static Vec even(Vec v) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_castps_si512(v.v), 16)); }
   static Vec odd(Vec v) {
     return _mm512_castsi512_ps(_mm512_and_si512(_mm512_castps_si512(v.v), _mm512_set1_epi32(-65536)));
   }
+
+ private:
   static __m512i rounded(Vec v) {  // bf16 in the low half of each lane
     return _mm512_cvtepu16_epi32(reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(v.v)));
   }

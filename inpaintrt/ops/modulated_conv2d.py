@@ -264,7 +264,9 @@ SPEC = OpSpec(
     summary="style-modulated convolution with FIR resampling, noise, bias, activation, gain and clamp",
     reference=_reference,
     out=_out,
-    lanes={},
+    lanes={
+        "cpu": Lane(dtypes=frozenset({torch.float32, torch.bfloat16}), refuses=_cpu_refuses, numerics=_cpu_numerics)
+    },
     samples=_samples,
     cost=_cost,
 )

@@ -1,0 +1,357 @@
+// modulated_conv2d on the CPU: the engine (conv.h) with the shared weight; the style scales channels while they are
+// read, the demodulation scales sums.
+//
+// Doubling has two forms. One is a transposed convolution by phases, whose result the filter then reads. In the other
+// the image is read through the filter, and the convolution is a plain one of twice the size, which Winograd's form
+// computes with as many products. It has more filters to transform, so that it pays for large float32 images of many
+// channels only.
+#include <cmath>
+
+#include "conv_call.h"
+#include "resample_image.h"
+
+namespace irt::INPAINTRT_ISA {
+namespace {
+
+enum {
+  kX,
+  kWeight,
+  kStyle,
+  kDemodulate,
+  kEps,
+  kWeightGain,
+  kUp,
+  kDown,
+  kPadding,
+  kFlipWeight,
+  kFilter,
+  kNoise,
+  kStrength,
+  kBias,
+  kActivation,
+  kAlpha,
+  kGain,
+  kClamp,
+  kArguments
+};
+
+constexpr int64_t kLongestFir = 8;
+// Where Winograd's form is ahead of the one by phases; measured on AVX-512.
+constexpr int64_t kLargeImage = 48 * 48, kManyInputs = 384;
+
+struct Modulated {
+  conv::Call call{};
+  conv::Style style{};
+  const irt_view* given = nullptr;  // the weight
+  irt_view weight{}, one{};         // as the convolution reads it; the filter of a call without
+  const irt_view *values, *noise, *strength, *filter;
+  float tap = 1.0f;
+  bool demodulate, flipped;
+  float eps, weight_gain;
+  int64_t up, down, padding;
+  int64_t before[2], after[2];  // zeros of rows and columns around the enlarged image
+};
+
+int64_t taps(const Modulated& m, int d) { return m.filter->sizes[d]; }
+
+// Why the arguments are not those of this op, or null.
+const char* read(const irt_call& call, Modulated& m) {
+  const irt_value* a = call.args;
+  conv::Call& c = m.call;
+  c.out = &call.outs[0], c.threads = call.threads, c.ieee = call.ieee, c.upsample = 1, c.dilation = 1, c.gain = 1.0f;
+  if (const char* fault = conv::read_image(a[kX], c)) return fault;
+  if (const char* fault = conv::read_weight(a[kWeight], c)) return fault;
+  if (const char* fault = conv::read_vector(a[kBias], c.weight->sizes[0], c, c.bias)) return fault;
+  if (const char* fault = conv::read_activation(a[kActivation], a[kAlpha], c)) return fault;
+  for (const int i : {kDemodulate, kUp, kDown, kPadding, kFlipWeight}) {
+    if (a[i].kind != IRT_INT) return "demodulate, up, down, padding and flip_weight must be integers";
+  }
+  for (const int i : {kEps, kWeightGain, kGain, kClamp}) {
+    if (!is_number_or_none(a[i])) return "eps, weight_gain, gain and clamp must be numbers";
+  }
+  m.demodulate = a[kDemodulate].i != 0, m.flipped = a[kFlipWeight].i != 0;
+  m.up = a[kUp].i, m.down = a[kDown].i, m.padding = a[kPadding].i;
+  m.eps = static_cast<float>(float_arg(a[kEps], 1e-8));
+  m.weight_gain = static_cast<float>(float_arg(a[kWeightGain], 1.0));
+  if (m.up < 1 || m.up > 2 || m.down < 1 || m.down > 2 || m.up * m.down > 2) return "up and down must be 1 or 2";
+  if (m.padding < 0 || m.padding > int64_t{1} << 28) return "padding must be 0 or more, and not that much";
+  const irt_view &x = *c.x, &out = *c.out;
+  const int64_t inputs = x.sizes[1];
+  if (c.weight->sizes[1] != inputs || out.ndim != 4 || out.dtype != x.dtype || out.sizes[0] != x.sizes[0] ||
+      out.sizes[1] != c.weight->sizes[0]) {
+    return "channels, batch or dtype do not fit";
+  }
+  m.values = conv::optional(a[kStyle]);
+  if (!m.values || m.values->ndim != 2 || m.values->dtype != x.dtype || m.values->sizes[0] != x.sizes[0] ||
+      m.values->sizes[1] != inputs) {
+    return "style must be (B, Cin) of x's dtype";
+  }
+  m.one.data = &m.tap, m.one.dtype = IRT_F32, m.one.ndim = 2, m.one.sizes[0] = m.one.sizes[1] = 1;
+  m.filter = conv::optional(a[kFilter]);
+  if (!m.filter) m.filter = &m.one;
+  if (m.filter->ndim != 2 || m.filter->dtype != IRT_F32 || least(taps(m, 0), taps(m, 1)) < 1 ||
+      most(taps(m, 0), taps(m, 1)) > kLongestFir) {
+    return "resample_filter must be float32 (rows, columns), of 1 to 8 taps";
+  }
+  for (int d = 0; d < 2; ++d) {
+    const int64_t n = taps(m, d), size = x.sizes[2 + d], kernel = c.weight->sizes[2 + d];
+    if (size < 1 || size > int64_t{1} << 28) return "the image is empty or too large";
+    m.before[d] = m.padding + (m.up > 1 ? (n + 1) / 2 : m.down > 1 ? (n - 1) / 2 : 0);
+    m.after[d] = m.padding + (m.up > 1 ? (n - 2) / 2 : m.down > 1 ? (n - 2) / 2 : 0);
+    if (n == 1) m.after[d] = m.padding + (m.up > 1 || m.down > 1 ? -1 : 0);
+    const int64_t fir = m.up * m.down > 1 ? n - 1 : 0, whole = size * m.up + m.before[d] + m.after[d] - fir - kernel;
+    if (whole < 0 || out.sizes[2 + d] != whole / m.down + 1) return "the output's size does not fit";
+  }
+  m.noise = conv::optional(a[kNoise]), m.strength = conv::optional(a[kStrength]);
+  if (m.noise && (m.noise->ndim != 4 || m.noise->dtype != x.dtype || m.noise->sizes[1] != 1 ||
+                  (m.noise->sizes[0] != 1 && m.noise->sizes[0] != x.sizes[0]) || m.noise->sizes[2] != out.sizes[2] ||
+                  m.noise->sizes[3] != out.sizes[3])) {
+    return "noise must be (1 or B, 1, H', W') of x's dtype";
+  }
+  if (m.strength && (!m.noise || m.strength->dtype != x.dtype || m.strength->ndim > 1 ||
+                     (m.strength->ndim == 1 && m.strength->sizes[0] != 1))) {
+    return "noise_strength must be one number of x's dtype, beside noise";
+  }
+  m.style.gain = static_cast<float>(float_arg(a[kGain], 1.0));
+  m.style.clamp = static_cast<float>(float_arg(a[kClamp], INFINITY));
+  m.style.planes = m.noise ? m.noise->sizes[0] : 1;
+  m.given = c.weight, m.weight = *c.weight, c.weight = &m.weight, c.style = &m.style;
+  return nullptr;
+}
+
+// The numbers of a style as floats: (B, Cin) factors of inputs, (B, Cout) of outputs, planes of noise.
+template <class T>
+class Numbers {
+ public:
+  explicit Numbers(const Modulated& m) : m_(m), weight_(*m.given), kernel_(weight_.sizes[2] * weight_.sizes[3]) {}
+
+  int64_t floats() const {
+    return vectors(images() * inputs()) + vectors(images() * outputs()) + vectors(noise_floats()) +
+           images() * vectors(inputs() * kernel_) + threads() * vectors(inputs() * kernel_);
+  }
+
+  void make(float* space, conv::Style& style) const {
+    float* factors = space;
+    float* norms = factors + vectors(images() * inputs());
+    float* noise = norms + vectors(images() * outputs());
+    float* squares = noise + vectors(noise_floats());
+    const irt_view& values = *m_.values;
+    for (int64_t b = 0; b < images(); ++b) {
+      for (int64_t c = 0; c < inputs(); ++c) {
+        const T* value = static_cast<const T*>(values.data) + b * values.strides[0] + c * values.strides[1];
+        factors[b * inputs() + c] = m_.weight_gain * to_float(*value);
+      }
+    }
+    style.inputs = factors, style.outputs = nullptr, style.noise = nullptr;
+    if (m_.demodulate) demodulate(factors, squares, norms), style.outputs = norms;
+    if (m_.noise) strengthen(noise), style.noise = noise;
+  }
+
+ private:
+  const Modulated& m_;
+  const irt_view& weight_;
+  int64_t kernel_;
+
+  int64_t images() const { return m_.call.batch(); }
+  int64_t inputs() const { return weight_.sizes[1]; }
+  int64_t outputs() const { return weight_.sizes[0]; }
+  int64_t threads() const { return conv::threads_of(m_.call, outputs()); }
+  int64_t noise_floats() const { return m_.noise ? m_.style.planes * m_.call.height() * m_.call.width() : 0; }
+
+  void strengthen(float* to) const {
+    const irt_view& n = *m_.noise;
+    const float strength = m_.strength ? to_float(*static_cast<const T*>(m_.strength->data)) : 1.0f;
+    for (int64_t b = 0; b < n.sizes[0]; ++b) {
+      for (int64_t y = 0; y < n.sizes[2]; ++y) {
+        const T* row = static_cast<const T*>(n.data) + b * n.strides[0] + y * n.strides[2];
+        for (int64_t x = 0; x < n.sizes[3]; ++x) *to++ = strength * to_float(row[x * n.strides[3]]);
+      }
+    }
+  }
+
+  // (Σ (weight · factor)² + eps)^−½ of each image and output.
+  void demodulate(const float* factors, float* squares, float* norms) const {
+    const int64_t length = inputs() * kernel_, line = vectors(length);
+    for (int64_t b = 0; b < images(); ++b) {
+      float* to = squares + b * line;
+      for (int64_t c = 0; c < inputs(); ++c) {
+        const float factor = factors[b * inputs() + c];
+        for (int64_t t = 0; t < kernel_; ++t) *to++ = factor * factor;
+      }
+    }
+    int next = 0;
+    parallel_for(outputs(), 8, static_cast<int>(threads()), [&](int64_t begin, int64_t end) {
+      float* copy = squares + (images() + __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED)) * line;
+      for (int64_t o = begin; o < end; ++o) {
+        const T* filter = static_cast<const T*>(weight_.data) + o * weight_.strides[0];
+        if (!dense()) gather(filter, copy);
+        for (int64_t b = 0; b < images(); ++b) {
+          const float* factor = squares + b * line;
+          const float sum = dense() ? product(filter, factor, length) : product(copy, factor, length);
+          norms[b * outputs() + o] = 1.0f / std::sqrt(sum + m_.eps);
+        }
+      }
+    });
+  }
+
+  bool dense() const {
+    const int64_t *sizes = weight_.sizes, *strides = weight_.strides;
+    return (strides[3] == 1 || sizes[3] == 1) && (strides[2] == sizes[3] || sizes[2] == 1) &&
+           (strides[1] == kernel_ || sizes[1] == 1);
+  }
+
+  void gather(const T* from, float* to) const {
+    for (int64_t c = 0; c < inputs(); ++c) {
+      for (int64_t i = 0; i < weight_.sizes[2]; ++i) {
+        for (int64_t j = 0; j < weight_.sizes[3]; ++j) {
+          *to++ = to_float(from[c * weight_.strides[1] + i * weight_.strides[2] + j * weight_.strides[3]]);
+        }
+      }
+    }
+  }
+
+  // Σ filter² · squares
+  template <class Number>
+  static float product(const Number* filter, const float* squares, int64_t length) {
+    constexpr int64_t W = Vec::kWidth;
+    Vec sums[2] = {Vec(0.0f), Vec(0.0f)};
+    for (int64_t i = 0; i < length; i += W) {
+      const int64_t some = least(W, length - i);
+      const Vec w = load_some(filter + i, some);
+      sums[i / W % 2] = fma(w * w, load_some(squares + i, some), sums[i / W % 2]);
+    }
+    float lanes[W], total = 0.0f;
+    store(lanes, sums[0] + sums[1]);
+    for (const float lane : lanes) total += lane;
+    return total;
+  }
+};
+
+// The taps of each filter in the opposite order.
+void mirror(irt_view& weight, int32_t dtype) {
+  int64_t last = 0;
+  for (int d = 2; d < 4; ++d) {
+    last += (weight.sizes[d] - 1) * weight.strides[d];
+    weight.strides[d] = -weight.strides[d];
+  }
+  weight.data = static_cast<char*>(weight.data) + last * (dtype == IRT_F32 ? 4 : 2);
+}
+
+// Reads x through the filter, enlarged or not: the convolution itself has no padding then.
+void read_through(Modulated& m, Resampling& filter) {
+  conv::Call& c = m.call;
+  filter.up_x = filter.up_y = m.up, filter.top = m.before[0], filter.left = m.before[1];
+  filter.set(*m.filter, static_cast<float>(m.up * m.up), false);
+  m.style.filter = &filter;
+  m.style.height = c.x->sizes[2] * m.up + m.before[0] + m.after[0] - taps(m, 0) + 1;
+  m.style.width = c.x->sizes[3] * m.up + m.before[1] + m.after[1] - taps(m, 1) + 1;
+  c.stride = m.down;
+}
+
+bool by_phases(const Modulated& m) {
+  const conv::Call& c = m.call;
+  if (m.up == 1) return false;
+  const bool winograd = c.x->dtype == IRT_F32 && !c.ieee && c.weight->sizes[2] == 3 && c.weight->sizes[3] == 3;
+  return !winograd || c.height() * c.width() < kLargeImage || c.weight->sizes[1] < kManyInputs;
+}
+
+// The transposed convolution alone, whose output is (B, H″, W″, Cout) in memory.
+struct Enlarged {
+  irt_view weight, image;
+  conv::Style style{};
+  conv::Call call;
+
+  explicit Enlarged(const Modulated& m) : weight(m.weight), image(*m.call.out), call(m.call) {
+    if (!m.flipped) mirror(weight, weight.dtype);  // a transposed convolution convolves
+    for (int64_t* of : {weight.sizes, weight.strides}) {
+      const int64_t first = of[0];
+      of[0] = of[1], of[1] = first;
+    }
+    for (int d = 2; d < 4; ++d) image.sizes[d] = (m.call.x->sizes[d] - 1) * 2 + weight.sizes[d];
+    image.strides[1] = 1, image.strides[3] = image.sizes[1];
+    image.strides[2] = image.sizes[3] * image.strides[3], image.strides[0] = image.sizes[2] * image.strides[2];
+    style.inputs = m.style.inputs, style.planes = 1, style.gain = 1.0f, style.clamp = INFINITY;
+    call.weight = &weight, call.out = &image, call.style = &style, call.bias = nullptr, call.act = Act::none;
+    call.transposed = true, call.stride = 2;
+  }
+  Enlarged(const Enlarged&) = delete;
+  Enlarged& operator=(const Enlarged&) = delete;
+
+  int64_t elements() const { return image.sizes[0] * image.strides[0]; }
+};
+
+template <class T>
+void run_by_phases(Modulated& m, irt_status& status) {
+  Enlarged enlarged(m);
+  if (!conv::fits(enlarged.call)) return fail(status, IRT_OUT_OF_MEMORY, "no memory for an image of that size");
+  const Workspace space(static_cast<size_t>(enlarged.elements()) * sizeof(T));
+  if (!space.data()) return fail(status, IRT_OUT_OF_MEMORY, "no memory for the enlarged image");
+  enlarged.image.data = space.data();
+  conv::run(enlarged.call, status);
+  if (status.code != IRT_OK) return;
+  Resampling filter;
+  filter.up_x = filter.up_y = 1;
+  filter.top = m.before[0] - m.weight.sizes[2] + 1, filter.left = m.before[1] - m.weight.sizes[3] + 1;
+  filter.set(*m.filter, 4.0f, false);
+  m.style.inputs = nullptr;
+  conv::resample_image<T>(enlarged.image, filter, 1, 1, m.call, status);
+}
+
+template <class T>
+void run(Modulated& m, irt_status& status) {
+  const Numbers<T> numbers(m);
+  const Workspace space(static_cast<size_t>(numbers.floats()) * sizeof(float));
+  if (!space.data()) return fail(status, IRT_OUT_OF_MEMORY, "no memory for the style's numbers");
+  numbers.make(static_cast<float*>(space.data()), m.style);
+  if (by_phases(m)) return run_by_phases<T>(m, status);
+  conv::run(m.call, status);
+}
+
+// Reads the arguments and settles how the image is read; false with a status where there is nothing to do or a fault.
+bool prepare(const irt_call& call, Modulated& m, Resampling& filter, irt_status& status) {
+  if (call.nargs != kArguments || call.nouts != 1) {
+    fail(status, IRT_BAD_ARGUMENT, "expected the 18 arguments of modulated_conv2d and one output");
+  } else if (const char* fault = read(call, m)) {
+    fail(status, IRT_BAD_ARGUMENT, fault);
+  } else if (m.call.batch() > 0 && !conv::fits(m.call)) {
+    fail(status, IRT_OUT_OF_MEMORY, "no memory for a workspace of that size");
+  } else if (m.call.x->dtype != IRT_F32 && m.call.x->dtype != IRT_BF16) {
+    fail(status, IRT_UNSUPPORTED, "dtype must be float32 or bfloat16");
+  }
+  if (status.code != IRT_OK || m.call.batch() == 0) return false;
+  conv::Call& c = m.call;
+  c.stride = 1;
+  if (by_phases(m)) return true;
+  if (m.up * m.down > 1) {
+    read_through(m, filter);
+  } else {
+    c.top = c.left = c.bottom = c.right = m.padding;
+  }
+  if (m.flipped) mirror(m.weight, m.weight.dtype);
+  return true;
+}
+
+// (x, weight, style, demodulate, eps, weight_gain, up, down, padding, flip_weight, resample_filter | none, noise |
+// none,
+//  noise_strength | none, bias | none, activation, alpha, gain, clamp | none) -> out
+void modulated_conv2d(const irt_call& call, irt_status& status) {
+  Modulated m;
+  Resampling filter;
+  if (!prepare(call, m, filter, status)) return;
+  if (m.call.x->dtype == IRT_F32) return run<float>(m, status);
+  run<bf16>(m, status);
+}
+
+void choose(const irt_call& call, irt_choice& choice, irt_status& status) {
+  Modulated m;
+  Resampling filter;
+  if (!prepare(call, m, filter, status)) return;
+  if (!by_phases(m)) return conv::choose(m.call, choice);
+  conv::choose(Enlarged(m).call, choice);
+}
+
+}  // namespace
+
+IRT_CPU_KERNEL_OF_SEVERAL(modulated_conv2d, choose)
+
+}  // namespace irt::INPAINTRT_ISA
