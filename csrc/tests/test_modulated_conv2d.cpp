@@ -7,7 +7,7 @@
 namespace {
 
 // Of float's precision on a sum's terms: Winograd's form combines a whole tile, the others are direct.
-constexpr double kDirect = 12.0, kWinograd = 60.0;
+constexpr double kDirect = 12.0, kWinograd = 60.0, kWinogradIeee = 12.0;
 constexpr double kStored = 0x1p-7;  // bf16: of the terms, which are rounded once or, where doubled, twice
 
 struct Setting {
@@ -167,8 +167,9 @@ struct Subject {
         double want = d * sum + extra + more;
         want = 1.5 * (want > 0 ? want : 0.2 * want);
         if (s.bounded) want = std::fmin(1.25, std::fmax(-1.25, want));
-        const bool spreads = s.dtype == IRT_F32 && !s.ieee && s.kernel == 3 && s.down == 1;
-        double band = 0x1p-24 * (spreads ? kWinograd * d * norm * widest : kDirect * (d * size));
+        const bool spreads = s.dtype == IRT_F32 && s.kernel == 3 && s.down == 1;
+        double band =
+            0x1p-24 * (spreads ? (s.ieee ? kWinogradIeee : kWinograd) * d * norm * widest : kDirect * (d * size));
         band += 0x1p-24 * 4 * (d * size + std::fabs(extra) + std::fabs(more));
         if (s.dtype == IRT_BF16) band += kStored * d * size;
         const double allowed = 1.5 * band + (s.dtype == IRT_F32 ? 0.0 : half_unit(std::fabs(want) + band, s.dtype));
