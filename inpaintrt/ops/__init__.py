@@ -10,6 +10,8 @@ from .gated_conv2d import gated_conv2d
 from .modulated_conv2d import modulated_conv2d
 from .partial_conv2d import partial_conv2d
 from .upfirdn2d import upfirdn2d
+from .window_attention import window_attention
+from .window_mask_update import window_mask_update
 
 # fmt: off
-__all__ = ["aot_gate", "contextual_attention", "contextual_attention_with_offsets", "fourier_unit", "fused_conv2d", "gated_activation", "gated_conv2d", "modulated_conv2d", "partial_conv2d", "upfirdn2d"]
+__all__ = ["aot_gate", "contextual_attention", "contextual_attention_with_offsets", "fourier_unit", "fused_conv2d", "gated_activation", "gated_conv2d", "modulated_conv2d", "partial_conv2d", "upfirdn2d", "window_attention", "window_mask_update"]
