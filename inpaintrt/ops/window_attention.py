@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from inpaintrt.runtime.library import register
-from inpaintrt.runtime.spec import Cost, OpSpec, Outputs, Sample
+from inpaintrt.runtime.spec import Cost, Lane, OpSpec, Outputs, Sample
 
 
 def windows(x: Tensor, size: int, shift: int) -> Tensor:
@@ -197,7 +197,7 @@ SPEC = OpSpec(
     summary="masked, shifted window attention by index arithmetic, without rolled or cut copies",
     reference=_reference,
     out=_out,
-    lanes={},
+    lanes={"cpu": Lane()},
     samples=_samples,
     cost=_cost,
 )

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from inpaintrt.runtime.library import register
-from inpaintrt.runtime.spec import Cost, OpSpec, Outputs, Sample
+from inpaintrt.runtime.spec import Cost, Lane, OpSpec, Outputs, Sample
 
 from .window_attention import check_map, from_windows, windows
 
@@ -61,7 +61,7 @@ SPEC = OpSpec(
     summary="validity of tokens after window attention: 1 where their window has a valid one",
     reference=_reference,
     out=_out,
-    lanes={},
+    lanes={"cpu": Lane()},
     samples=_samples,
     cost=_cost,
     differentiable=False,
