@@ -291,6 +291,11 @@ static inline Vec load_some(const T* p, int64_t n, int64_t stride = 1) {
 #if defined(__AVX512F__)
   if constexpr (std::is_same_v<T, float>) {
     if (stride == 1) return _mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << n) - 1), p);
+  } else if (stride == 1) {
+    alignas(32) T some[Vec::kWidth];
+    const __m256i bits = _mm256_maskz_loadu_epi16(static_cast<__mmask16>((1u << n) - 1), p);
+    _mm256_store_si256(reinterpret_cast<__m256i*>(some), bits);
+    return load(some);
   }
 #endif
   alignas(64) float lanes[Vec::kWidth] = {};
@@ -302,6 +307,11 @@ static inline void store_some(T* p, Vec x, int64_t n, int64_t stride = 1) {
 #if defined(__AVX512F__)
   if constexpr (std::is_same_v<T, float>) {
     if (stride == 1) return _mm512_mask_storeu_ps(p, static_cast<__mmask16>((1u << n) - 1), x.v);
+  } else if (stride == 1) {
+    alignas(32) T some[Vec::kWidth];
+    store(some, x);
+    const __m256i bits = _mm256_load_si256(reinterpret_cast<const __m256i*>(some));
+    return _mm256_mask_storeu_epi16(p, static_cast<__mmask16>((1u << n) - 1), bits);
   }
 #endif
   alignas(64) float lanes[Vec::kWidth];
