@@ -2,8 +2,8 @@
 //
 // fused_conv2d, gated_conv2d, partial_conv2d and modulated_conv2d differ in what surrounds the sums: conv_source.h
 // reads the input (concatenation, mask, upsampling, padding), conv_finish.h makes outputs of sums. Between them an
-// algorithm computes sums of one or more rows: conv_winograd.cpp, conv_direct.cpp or conv_pointwise.cpp, chosen by
-// conv_plan.cpp.
+// algorithm computes sums of one or more rows: by one of the algorithms of conv_algorithms.h, which conv_plan.cpp
+// chooses.
 #pragma once
 
 #include <initializer_list>
