@@ -141,6 +141,12 @@ def _out(
     return (torch.empty(q.shape, dtype=q.dtype, device=q.device),)
 
 
+def _triton_refuses(q: Tensor, k: Tensor, v: Tensor, window_size: int, num_heads: int, *rest: object) -> Iterator[str]:
+    """Heads of more than 64 channels."""
+    if q.shape[3] // num_heads > 64:
+        yield f"a head has {q.shape[3] // num_heads} channels; the kernel keeps up to 64 in registers"
+
+
 def _samples(level: str) -> Iterator[Sample]:
     def sample(
         id: str,
@@ -197,7 +203,7 @@ SPEC = OpSpec(
     summary="masked, shifted window attention by index arithmetic, without rolled or cut copies",
     reference=_reference,
     out=_out,
-    lanes={"cpu": Lane()},
+    lanes={"triton": Lane(refuses=_triton_refuses), "cpu": Lane()},
     samples=_samples,
     cost=_cost,
 )
