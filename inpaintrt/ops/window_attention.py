@@ -14,8 +14,8 @@ is that without a mask. Where a query's own region has no valid key, its own inv
 other regions tie at −100: information crosses the seam of a rolled map exactly there.
 
 Eager torch rolls, cuts windows out, writes every score five times over, and copies all of it back; the kernels compute
-addresses instead. Where norms bound the logits, keys whose weights would vanish in float32 are left out: half the keys
-invalid is half the work.
+addresses instead. Where norms bound the logits, keys whose weights would vanish in float32 are left out, with their products and
+exponentials.
 """
 
 from __future__ import annotations
