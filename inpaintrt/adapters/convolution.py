@@ -10,8 +10,8 @@ Three kinds of module, containers first, after the adapters of all families:
 - a convolution by itself.
 
 Which convolutions these are is the op's decision: `ops.fused_conv2d` must have a kernel for the geometry (asked once, on an
-image large enough) and for each call. Each call must also be one at which the engine is the faster one (`why_slower`): small
-images and few channels are the original's.
+image large enough) and for each call. Each call must also be one at which the engine is the faster one (`why_slower`): tiny
+images, and few channels in channels-last, are the original's.
 
 What is left alone: classes with a forward of their own, grouped and uneven convolutions, circular padding, and weights that
 are not parameters (weight norm, spectral norm and pruning make them in a hook that a fused form would bypass).
@@ -95,7 +95,7 @@ def geometry_of(conv: Any, pad: Any = None) -> Geometry:
 
 
 def _may_win(conv: Any) -> bool:
-    return conv.stride == (1, 1) and conv.kernel_size in _WORK
+    return conv.stride == (1, 1) and conv.kernel_size in ((3, 3), (5, 5))
 
 
 def is_winner(conv: Any) -> bool:
@@ -112,16 +112,13 @@ def is_winner(conv: Any) -> bool:
     return geometry.padding[0] < _AMPLE and not why_no_kernel(geometry, x, conv.weight)
 
 
-# Where the engine's convolution, with the adapter around it, was faster than torch's on one core with AVX-512. A rule of thumb:
-# whoever makes the engine better at small maps or few channels lowers these numbers.
-_PIXELS = 1024
-"""Outputs per channel, below which reading and transforming the filters costs more than is gained."""
-_PAIRS = 1024
-"""Inputs times outputs, below which there is too little in a tile to multiply."""
-_NARROWEST = 64
-"""Channels of the narrower side, below which torch's channels-last form, which has no layout to change, is faster."""
-_WORK = {(3, 3): 4e6, (5, 5): 1.6e7}
-"""Pixels times pairs, below which a call's fixed costs outweigh the rest."""
+# Where the engine's convolution was not faster than torch's on one core with AVX-512; whoever makes it so removes the line.
+_PIXELS = 16
+"""Outputs per channel, below which most lanes are empty."""
+_WORK = 2.5e5
+"""Pixels times inputs times outputs, below which a call's fixed costs outweigh the rest."""
+_INPUTS = 16
+"""Channels, below which most lanes are empty, and torch's channels-last form has no layout to change."""
 
 
 def why_slower(conv: Any, x: Tensor) -> str:
@@ -130,11 +127,10 @@ def why_slower(conv: Any, x: Tensor) -> str:
         return ""  # what surrounds others in a sequence was found to pay for them
     reaches = (d * (k - 1) for d, k in zip(conv.dilation, conv.kernel_size, strict=True))
     sides = (max(n + 2 * p - r, 0) for n, p, r in zip(x.shape[2:], _sides(conv) or (0, 0), reaches, strict=True))
-    pixels, pairs = len(x) * math.prod(sides), conv.in_channels * conv.out_channels
-    if pixels < _PIXELS or pairs < _PAIRS or pixels * pairs < _WORK[conv.kernel_size]:
+    pixels = len(x) * math.prod(sides)
+    if pixels < _PIXELS or pixels * conv.in_channels * conv.out_channels < _WORK:
         return f"torch is faster at {conv.in_channels} to {conv.out_channels} channels on so small an input, {tuple(x.shape)}"
-    last = result_format(x, conv.weight) is torch.channels_last
-    if last and min(conv.in_channels, conv.out_channels) < _NARROWEST:
+    if conv.in_channels < _INPUTS and result_format(x, conv.weight) is torch.channels_last:
         return f"torch is faster at {conv.in_channels} to {conv.out_channels} channels in channels-last"
     return ""
 
