@@ -99,7 +99,7 @@ def assert_as_good(actual: Tensor, truth: Tensor, baseline: Tensor) -> None:
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("dtype", sorted(FLOATS, key=str), ids=str)
 def test_every_layout_against_float64(dtype: torch.dtype, layout: str) -> None:
     y = LAYOUTS[layout](3 * torch.randn(2, 8, 5, 6)).to(dtype)
     rest = ("elu", 0.7, 1.3)
@@ -111,7 +111,7 @@ def test_every_layout_against_float64(dtype: torch.dtype, layout: str) -> None:
 
 
 @pytest.mark.parametrize("activation", _shared.ACTIVATIONS)
-@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("dtype", sorted(FLOATS, key=str), ids=str)
 def test_every_activation_against_float64(dtype: torch.dtype, activation: str) -> None:
     y = (4 * torch.randn(1, 2, 16, 64)).to(dtype)
     rest = (activation, None, 1.0)
@@ -258,7 +258,7 @@ def test_any_size_in_many_tiles(n: int, monkeypatch: pytest.MonkeyPatch) -> None
 
 
 @pytest.mark.parametrize("layout", [*LAYOUTS, "out_of_nan"])
-@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("dtype", sorted(FLOATS, key=str), ids=str)
 def test_any_strides_of_every_tensor(dtype: torch.dtype, layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
     small_tiles(monkeypatch)
     move = LAYOUTS.get(layout, lambda t: out_of_nan(t, offset=3))
@@ -465,7 +465,7 @@ def _matmul(a, b, c, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, CHUNK: t
 
 
 @pytest.mark.parametrize("chunk", [False, True], ids=["dot", "dot_chunk"])
-@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("dtype", sorted(FLOATS, key=str), ids=str)
 def test_dot_is_right_in_the_interpreter(dtype: torch.dtype, chunk: bool) -> None:
     a, b, c = torch.randn(16, 64).to(dtype), torch.randn(64, 32).to(dtype), torch.randn(16, 32)
     expected = c.double() + a.double() @ b.double()
