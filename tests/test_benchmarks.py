@@ -6,6 +6,7 @@ import configparser
 import functools
 import importlib.util
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -79,7 +80,9 @@ def test_wrong_baseline(versus):
 
 def pytest_in(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-P", "-m", "pytest", "-p", "no:cacheprovider", *arguments]
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300, check=False)
+    # By itself, also where this process is one of several: there pytest-benchmark measures nothing.
+    env = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300, check=False, env=env)
 
 
 @pytest.fixture(scope="module")
