@@ -12,9 +12,11 @@ bool unstrided(const Call& call) { return call.stride == 1 && !call.transposed; 
 bool near(const Call& call) { return call.dilation <= 64; }
 bool square(const Call& call, int64_t side) { return call.kernel_height() == side && call.kernel_width() == side; }
 bool single(const Call& call) { return call.weight->dtype == IRT_F32; }
+// Filters that a modulated convolution turns over by their strides.
+bool mirrored(const Call& call) { return call.weight->strides[2] < 0 || call.weight->strides[3] < 0; }
 // Whether what all outputs read may exist at once: 8 MB of it.
 bool few_pixels(const Call& call) {
-  const int64_t weights = call.inputs() * call.kernel_height() * call.kernel_width();
+  const int64_t weights = most(1, call.inputs() * call.kernel_height() * call.kernel_width());
   return ceil_div(call.batch() * call.height() * call.width(), W) * W <= (int64_t{1} << 21) / weights;
 }
 
@@ -117,7 +119,8 @@ constexpr Algorithm kAlgorithms[] = {
     {"planar", planar,
      [](const Call& c) { return unstrided(c) && near(c) && c.outputs() * (c.gated ? 2 : 1) <= kFewFilters; },
      planar_cost},
-    {"columns", columns, [](const Call& c) { return !c.transposed && near(c) && few_pixels(c); }, columns_cost},
+    {"columns", columns, [](const Call& c) { return !c.transposed && near(c) && few_pixels(c) && !mirrored(c); },
+     columns_cost},
     {"winograd F(4×4,3×3)", winograd_f43,
      [](const Call& c) { return unstrided(c) && near(c) && square(c, 3) && !c.ieee; }, winograd_cost<winograd::F43>},
     {"winograd F(2×2,3×3)", winograd_f23, [](const Call& c) { return unstrided(c) && near(c) && square(c, 3); },

@@ -65,11 +65,12 @@ void choices() {
   for (const char* op : {"fused_conv2d", "gated_conv2d", "partial_conv2d"}) CHECK(irt_cpu_chooser(op), "%s", op);
   Layer layer;
   const irt_choice usual = layer.choice();
-  CHECK(usual.count == 3 && has(usual, "direct") && has(usual, kF43) && has(usual, kF23), "%d", usual.count);
+  CHECK(usual.count == 4 && has(usual, "direct") && has(usual, "columns") && has(usual, kF43) && has(usual, kF23), "%d",
+        usual.count);
   CHECK(layer.chosen() == kF43 && !usual.refused, "%s", layer.chosen().c_str());
   layer.call.ieee = 1;
   const irt_choice exact = layer.choice();
-  CHECK(exact.count == 2 && !has(exact, kF43) && layer.chosen() == kF23, "%s", layer.chosen().c_str());
+  CHECK(exact.count == 3 && !has(exact, kF43) && layer.chosen() == kF23, "%s", layer.chosen().c_str());
   CHECK(strcmp(exact.key, usual.key), "precision is part of a call's form: %s", usual.key);
   layer.call.ieee = 0, layer.call.threads = 1;
   CHECK(strcmp(layer.choice().key, usual.key), "threads are part of a call's form: %s", usual.key);
