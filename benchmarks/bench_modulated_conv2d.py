@@ -103,6 +103,7 @@ def test_modulated_conv2d(versus, device, sample, dtype, layout):
         candidates["compile"] = versus.compiled(lambda: scaled(tensors, **found.kwargs))
     versus(
         candidates,
+        baseline="public form",
         truth=lambda: SPEC.run_reference(*(a.double() if isinstance(a, Tensor) else a for a in args)),
         cost=SPEC.cost(*args), device=device, dtype=DTYPES[dtype], shape=tensors["x"].shape, op=SPEC.name, layout=layout,
         sample=sample, direction="forward",

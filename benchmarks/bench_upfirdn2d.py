@@ -59,6 +59,7 @@ def test_upfirdn2d(versus, device, sample, dtype, layout):
     if not versus.smoke:
         candidates["compile"] = versus.compiled(eager, x, f)
     versus(
-        candidates, truth=lambda: SPEC.run_reference(x.double(), *args[1:]), cost=SPEC.cost(*args), device=device,
+        candidates, baseline="zeros written", truth=lambda: SPEC.run_reference(x.double(), *args[1:]),
+        cost=SPEC.cost(*args), device=device,
         dtype=x.dtype, shape=x.shape, op=SPEC.name, layout=layout, direction="forward",
     )  # fmt: skip
