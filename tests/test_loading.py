@@ -396,6 +396,7 @@ def _touch(path):
 def test_no_opcode_runs_foreign_code(tmp_path, small, state, foreign, where):
     """A payload beside sound weights stays inert, and the weights load; Python's own unpickler would be taken in."""
     torch.save(state, tmp_path / "sound.pt", _use_new_zipfile_serialization=where == "zip")
+    assert same(inpaintrt.load("lama", tmp_path / "sound.pt"), small)  # imports what every first load imports
     for name, payload in _touch(tmp_path / "proof"):
         (tmp_path / "proof").unlink(missing_ok=True)
         pickle.loads(b"\x80\x02" + payload + b".")

@@ -18,7 +18,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from inpaintrt.models import loading
 from inpaintrt.runtime.errors import WeightsError
 from inpaintrt.runtime.probe import Finding, compare, in_double
 from inpaintrt.testing.recipe import image
@@ -84,6 +83,8 @@ def rebuild(script: torch.jit.ScriptModule) -> nn.Module | str:
     weight = next(t for t in state.values() if t.is_floating_point())
     with torch.no_grad():  # copies that are leaves
         copies = copy.deepcopy(script), copy.deepcopy(script).double()
+    from inpaintrt.models import loading  # with all the networks: only archives need them
+
     reasons = []
     for family in loading.families_of(state) or ("lama",):  # which of none of them says what was found
         differences: list[str] = []
