@@ -9,7 +9,10 @@ import pytest
 
 from inpaintrt.testing import memory
 
-CASES = {"lama_mini": (400, 600), "big_lama": (512, 512)}
+CASES = {"lama_mini": (400, 600)} | dict.fromkeys(
+    ("lama", "deepfill_v1", "deepfill_v2", "aotgan", "glcic", "partialconv_unet"), (512, 512)
+)
+"""Networks, by the names that `load` and `create` know, and the size of their images."""
 ALLOWED_KEPT = 0.25  # of the parameters' bytes, for folded or packed weights
 
 
@@ -25,21 +28,28 @@ def forward(name: str, accelerated: bool, height: int, width: int):
     from inpaintrt.testing import memory, recipe
 
     torch.set_grad_enabled(False)
-    x = recipe.image("photo", 1, 4, height, width)
+
+    def masked(height: int, width: int) -> tuple[torch.Tensor, ...]:
+        image, mask = recipe.image("photo", 1, 3, height, width), torch.zeros(1, 1, height, width)
+        mask[..., height // 4 : height // 2, width // 3 : 2 * width // 3] = 1
+        given = model.network_input(image, mask)
+        return (given,) if isinstance(given, torch.Tensor) else tuple(given)
+
     for _ in range(2):
         model = None  # the first model goes before the second one comes
-        if name == "big_lama":
-            model = recipe.fill(inpaintrt.models.create("lama", n_blocks=18, base_width=64)).eval()
+        if name == "lama_mini":
+            model = inpaintrt.load(name)
         else:
-            model = inpaintrt.load(name).eval()
+            model = recipe.fill(inpaintrt.models.create(name))
         memory.settle()
         loaded = memory.status("VmRSS")
         if accelerated:
             inpaintrt.accelerate(model)
-        model(x[..., :64, :64])
+        model(*masked(128, 128))
         memory.settle()
         kept = memory.status("VmRSS") - loaded
-    peak = memory.peak_of(lambda: model(x))
+    x = masked(height, width)
+    peak = memory.peak_of(lambda: model(*x))
     parameters = sum(p.nbytes for p in model.parameters())
     return {"kept": kept, "extra": peak.extra, "parameters": parameters, "seconds": peak.seconds}
 

@@ -16,73 +16,105 @@ namespace {
 constexpr size_t kBlock = size_t{2} << 20;  // one huge page
 constexpr size_t kMost = SIZE_MAX / 4;      // more than any address space has; sums of two such sizes do not overflow
 
-struct Block {
-  void* data;
+struct Span {
+  char* data;
   size_t bytes;
 };
 
+// What is taken is cut from the smallest free span that holds it; what comes back joins its neighbours. So a large span
+// that nobody needs serves many small ones meanwhile, and a chain of ops holds what it uses at once, not one block for
+// each size that it ever asked for.
 struct Arena {
   std::mutex mutex;
-  std::vector<Block> free;  // sorted by size
-  size_t held = 0, peak = 0, kept = 0, limit = size_t{1} << 30;
+  std::vector<Span> free;  // by address, never touching each other
+  size_t held = 0;         // mapped: in use or free
+  size_t kept = 0;         // of these, free
+  size_t most_used = 0;    // in use at once
+  size_t peak = 0, limit = size_t{1} << 30;
 
   // mmap gives 4 KB alignment: over-allocate, then return the edges to the system.
-  static void* map(size_t bytes) {
+  static char* map(size_t bytes) {
     void* raw = mmap(nullptr, bytes + kBlock, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     if (raw == MAP_FAILED) return nullptr;
     const uintptr_t start = reinterpret_cast<uintptr_t>(raw), aligned = (start + kBlock - 1) / kBlock * kBlock;
     if (aligned > start) munmap(raw, aligned - start);
     if (const size_t tail = start + kBlock - aligned) munmap(reinterpret_cast<void*>(aligned + bytes), tail);
     madvise(reinterpret_cast<void*>(aligned), bytes, MADV_HUGEPAGE);  // advice: failure costs speed only
-    return reinterpret_cast<void*>(aligned);
+    return reinterpret_cast<char*>(aligned);
   }
 
   void* take(size_t& bytes) {
     if (bytes > kMost) return nullptr;
     bytes = std::max<size_t>((bytes + kBlock - 1) / kBlock * kBlock, kBlock);
     const std::lock_guard<std::mutex> lock(mutex);
-    auto fit = std::lower_bound(free.begin(), free.end(), bytes, [](const Block& b, size_t n) { return b.bytes < n; });
-    if (fit != free.end() && fit->bytes <= 2 * bytes) {  // a block twice too large is better kept for a larger need
-      void* data = fit->data;
-      bytes = fit->bytes;
-      kept -= bytes;
-      free.erase(fit);
-      return data;
-    }
-    void* data = map(bytes);
-    if (!data && kept) {  // what is kept for reuse stands in the way of what is needed now
-      drop_above(0);
+    char* data = cut(bytes);
+    if (!data) {
+      // What does not fit is in the way: a quarter more than was ever used at once is kept for it, and no more.
+      const size_t used = held - kept + bytes;
+      shed(std::max(most_used, used) / 4 * 5 - used);
       data = map(bytes);
+      if (!data && kept) {
+        shed(0);
+        data = map(bytes);
+      }
+      if (!data) return nullptr;
+      peak = std::max(peak, held += bytes);
     }
-    if (data) peak = std::max(peak, held += bytes);
+    most_used = std::max(most_used, held - kept);
     return data;
   }
 
   void give(void* data, size_t bytes) {
     const std::lock_guard<std::mutex> lock(mutex);
-    if (bytes > limit || kept > limit - bytes) return drop({data, bytes});
+    const Span span{static_cast<char*>(data), bytes};
+    auto next = std::lower_bound(free.begin(), free.end(), span, [](Span a, Span b) { return a.data < b.data; });
     try {
-      free.insert(
-          std::lower_bound(free.begin(), free.end(), bytes, [](const Block& b, size_t n) { return b.bytes < n; }),
-          {data, bytes});
+      next = free.insert(next, span);
     } catch (const std::bad_alloc&) {  // no room for the note that it is free
-      return drop({data, bytes});
+      return unmap(span);
     }
     kept += bytes;
+    join(join(next));
+    shed(limit);
   }
 
-  void drop(Block block) {
-    munmap(block.data, block.bytes);
-    held -= block.bytes;
+  // The others want the lock held.
+
+  char* cut(size_t bytes) {
+    auto best = free.end();
+    for (auto at = free.begin(); at != free.end(); ++at)
+      if (at->bytes >= bytes && (best == free.end() || at->bytes < best->bytes)) best = at;
+    if (best == free.end()) return nullptr;
+    char* const data = best->data;
+    best->data += bytes;
+    if (!(best->bytes -= bytes)) free.erase(best);
+    kept -= bytes;
+    return data;
   }
 
-  // Unlocked, like `drop`.
-  void drop_above(size_t bytes) {
-    while (kept > bytes) {
-      kept -= free.back().bytes;
-      drop(free.back());
-      free.pop_back();
+  // Joins a span to the one after it where they touch; returns the one before it.
+  std::vector<Span>::iterator join(std::vector<Span>::iterator at) {
+    if (const auto next = at + 1; next != free.end() && at->data + at->bytes == next->data) {
+      at->bytes += next->bytes;
+      free.erase(next);
     }
+    return at == free.begin() ? at : at - 1;
+  }
+
+  // Unmaps free memory until at most this is kept, the largest spans first.
+  void shed(size_t most) {
+    while (kept > most) {
+      const auto largest = std::max_element(free.begin(), free.end(), [](Span a, Span b) { return a.bytes < b.bytes; });
+      const size_t excess = std::min(largest->bytes, (kept - most + kBlock - 1) / kBlock * kBlock);
+      kept -= excess;
+      unmap({largest->data + (largest->bytes - excess), excess});
+      if (!(largest->bytes -= excess)) free.erase(largest);
+    }
+  }
+
+  void unmap(Span span) {
+    munmap(span.data, span.bytes);
+    held -= span.bytes;
   }
 };
 
@@ -117,7 +149,7 @@ int64_t irt_arena_peak_bytes(void) {
 void irt_arena_set_limit(int64_t bytes) {
   const std::lock_guard<std::mutex> lock(irt::arena().mutex);
   irt::arena().limit = static_cast<size_t>(std::max<int64_t>(bytes, 0));
-  irt::arena().drop_above(irt::arena().limit);
+  irt::arena().shed(irt::arena().limit);
 }
 void* irt_arena_take(int64_t* bytes) {
   if (*bytes < 0) return nullptr;
@@ -131,6 +163,7 @@ void irt_arena_give(void* block, int64_t bytes) {
 }
 void irt_empty_cache(void) {
   const std::lock_guard<std::mutex> lock(irt::arena().mutex);
-  irt::arena().drop_above(0);
+  irt::arena().shed(0);
+  irt::arena().most_used = irt::arena().held;
 }
 }

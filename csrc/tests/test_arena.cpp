@@ -12,6 +12,7 @@
 #include <cstring>
 #include <new>
 #include <optional>
+#include <set>
 #include <thread>
 #include <vector>
 
@@ -77,15 +78,55 @@ void blocks_are_reused() {
     CHECK(other.data() && other.data() != first, "one block was given out twice");
     CHECK(irt_arena_bytes() == 12 * kMiB, "%lld bytes held", static_cast<long long>(irt_arena_bytes()));
   }
+  fresh();
+}
+
+// A chain of ops with needs of many sizes holds the most that is used at once.
+void large_blocks_are_cut_and_joined() {
+  fresh();
   {
-    const Workspace small(2 * kMiB);  // less than half of what is kept: that stays for a larger need
-    CHECK(irt_arena_bytes() == 14 * kMiB, "%lld bytes held", static_cast<long long>(irt_arena_bytes()));
-    const Workspace large(4 * kMiB);
-    CHECK(irt_arena_bytes() == 14 * kMiB, "%lld bytes held", static_cast<long long>(irt_arena_bytes()));
+    const Workspace large(12 * kMiB);
   }
   {
-    const Workspace a(2 * kMiB), b(6 * kMiB), c(6 * kMiB);  // the best fit, whatever the order of return
-    CHECK(irt_arena_bytes() == 14 * kMiB, "%lld bytes held", static_cast<long long>(irt_arena_bytes()));
+    const Workspace a(2 * kMiB), b(6 * kMiB), c(4 * kMiB);
+    CHECK(irt_arena_bytes() == 12 * kMiB, "%lld bytes held", static_cast<long long>(irt_arena_bytes()));
+    const std::set<const void*> different{a.data(), b.data(), c.data()};
+    CHECK(different.size() == 3, "a block was given out twice");
+  }
+  {
+    std::optional<Workspace> a(2 * kMiB), b(4 * kMiB), c(6 * kMiB);
+    b.reset();  // neighbours in use
+    c.reset();  // joins what is before it
+    const Workspace both(10 * kMiB);
+    CHECK(irt_arena_bytes() == 12 * kMiB, "%lld bytes held", static_cast<long long>(irt_arena_bytes()));
+    a.reset();
+  }
+  {
+    std::optional<Workspace> a(2 * kMiB), b(4 * kMiB), c(6 * kMiB);
+    c.reset();
+    a.reset();
+    b.reset();  // joins both sides
+    const Workspace all(12 * kMiB);
+    CHECK(irt_arena_bytes() == 12 * kMiB, "%lld bytes held", static_cast<long long>(irt_arena_bytes()));
+  }
+  fresh();
+}
+
+void what_does_not_fit_is_not_hoarded() {
+  fresh();
+  for (int64_t size = 2; size <= 64; size += 2) {
+    const Workspace growing(static_cast<size_t>(size * kMiB));
+    CHECK(irt_arena_bytes() <= size * kMiB * 5 / 4, "%lld bytes held for %lld in use",
+          static_cast<long long>(irt_arena_bytes()), static_cast<long long>(size * kMiB));
+  }
+  {
+    const Workspace a(60 * kMiB), b(8 * kMiB);  // a fits, b is new; what is left of the first is kept
+    CHECK(irt_arena_bytes() <= 85 * kMiB, "%lld bytes held", static_cast<long long>(irt_arena_bytes()));
+  }
+  const int64_t held = irt_arena_bytes();
+  for (int again = 0; again < 3; ++again) {
+    const Workspace a(60 * kMiB), b(8 * kMiB);
+    CHECK(irt_arena_bytes() == held, "a need that was met before took more memory");
   }
   fresh();
 }
@@ -98,13 +139,13 @@ void what_is_kept_is_bounded() {
     CHECK(irt_arena_bytes() == 12 * kMiB, "a limit on what is kept held back %lld bytes in use",
           static_cast<long long>(irt_arena_bytes()));
   }
-  CHECK(irt_arena_bytes() == 6 * kMiB, "%lld bytes kept", static_cast<long long>(irt_arena_bytes()));  // c and b
+  CHECK(irt_arena_bytes() == 8 * kMiB, "%lld bytes kept", static_cast<long long>(irt_arena_bytes()));
   {
     const Workspace huge(64 * kMiB);
   }
-  CHECK(irt_arena_bytes() == 6 * kMiB, "%lld bytes kept", static_cast<long long>(irt_arena_bytes()));
-  irt_arena_set_limit(5 * kMiB);  // the largest go first
-  CHECK(irt_arena_bytes() == 2 * kMiB, "%lld bytes kept", static_cast<long long>(irt_arena_bytes()));
+  CHECK(irt_arena_bytes() == 8 * kMiB, "%lld bytes kept", static_cast<long long>(irt_arena_bytes()));
+  irt_arena_set_limit(5 * kMiB);
+  CHECK(irt_arena_bytes() == 4 * kMiB, "%lld bytes kept", static_cast<long long>(irt_arena_bytes()));
   irt_arena_set_limit(-1);
   CHECK(irt_arena_bytes() == 0, "%lld bytes kept", static_cast<long long>(irt_arena_bytes()));
   {
@@ -228,6 +269,8 @@ void a_child_of_fork_can_use_it() {
 const check::Case check::cases[] = {
     {"blocks are aligned and usable", blocks_are_aligned_and_usable},
     {"blocks are reused", blocks_are_reused},
+    {"large blocks are cut and joined", large_blocks_are_cut_and_joined},
+    {"what does not fit is not hoarded", what_does_not_fit_is_not_hoarded},
     {"what is kept is bounded", what_is_kept_is_bounded},
     {"peak is the most ever held", peak_is_the_most_ever_held},
     {"sizes that overflow are refused", sizes_that_overflow_are_refused},

@@ -48,8 +48,9 @@ def memory_format(x: Tensor) -> torch.memory_format:
     return torch.contiguous_format
 
 
-LARGE = 24 << 20
-"""Bytes from which fresh memory costs more than it takes to fill it: the C library maps it anew for each tensor."""
+LARGE = 4 << 20
+"""Bytes from which an output comes from the kernels' arena: what ops need one after the other is then the same memory, and
+stays mapped. The C library maps the largest tensors anew each time, and keeps free the holes that smaller ones leave."""
 
 
 def empty_output(shape: Sequence[int], x: Tensor) -> Tensor:

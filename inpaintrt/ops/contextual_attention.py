@@ -28,7 +28,7 @@ from torch.utils.checkpoint import checkpoint
 from inpaintrt.runtime.library import register
 from inpaintrt.runtime.spec import Cost, Lane, OpSpec, Outputs, Sample
 
-from ._shared import memory_format
+from ._shared import empty_output
 
 LARGEST = 1 << 24
 """Scores that the reference and its gradient hold at a time: 64 MB in float32, all of those of one 512-pixel image."""
@@ -287,12 +287,7 @@ def check(
             raise ValueError(f"{name} has shape {tuple(t.shape)}; accepted: (1 or {b}, {', '.join(map(str, shape))})")
         if t is not None and t.device != foreground.device:
             raise ValueError(f"{name} is on {t.device}; accepted: foreground's {foreground.device}")
-    return torch.empty(
-        foreground.shape,
-        dtype=foreground.dtype,
-        device=foreground.device,
-        memory_format=memory_format(foreground),
-    )
+    return empty_output(foreground.shape, foreground)
 
 
 def _out(*args: object) -> Outputs:

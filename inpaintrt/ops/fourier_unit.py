@@ -26,7 +26,7 @@ from torch import Tensor
 from inpaintrt.runtime.library import register
 from inpaintrt.runtime.spec import Cost, Lane, OpSpec, Outputs, Sample
 
-from ._shared import memory_format
+from ._shared import empty_output
 
 
 def _reference(x: Tensor, weight: Tensor, bias: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
@@ -64,7 +64,7 @@ def _out(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None
     for name, t in (("weight", weight), ("bias", bias), ("residual", residual)):
         if t is not None and (t.dtype != x.dtype or t.device != x.device):
             raise ValueError(f"{name} is {t.dtype} on {t.device}; accepted: x's {x.dtype} on {x.device}")
-    return (torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=memory_format(x)),)
+    return (empty_output(shape, x),)
 
 
 def _cuda_refuses(x: Tensor, *rest: object) -> Iterator[str]:
