@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from inpaintrt.ops._shared import activate
+from inpaintrt.ops._shared import activate, empty_output
 from inpaintrt.testing.recipe import image
 
 from .ffc import Rule, first_broken, refuses_tensor
@@ -231,14 +231,23 @@ def _joined(form: Form, below: Level, beside: Level, crisp: bool) -> tuple[Tenso
     The plane counts how many channels are valid at a pixel, so that its sum over a window is the sum of all masks there.
     The op multiplies features by it, which is undone here beforehand.
     """
-    doubled, mask = (F.interpolate(t, scale_factor=2.0, mode="nearest") for t in (below.masked, below.mask))
-    features = torch.cat([doubled, beside.masked.to(doubled.dtype)], 1)
+    features = _doubled_beside(below.masked, beside.masked)
+    mask = F.interpolate(below.mask, scale_factor=2.0, mode="nearest")
     width, other = beside.masked.shape[1], beside.mask
-    counts = mask * doubled.shape[1] + (other * width if other.shape[1] == 1 else other.sum(1, keepdim=True))
+    counts = mask * below.masked.shape[1] + (other * width if other.shape[1] == 1 else other.sum(1, keepdim=True))
     whole = features.shape[1] if form.scale == "window" else 1
     inverse = torch.where(counts > 0, whole / counts, torch.zeros_like(counts))
     weighed = weigh(form, counts, 1, crisp)
     return features.mul_(inverse.to(features.dtype)), weighed
+
+
+def _doubled_beside(below: Tensor, beside: Tensor) -> Tensor:
+    """[nearest-neighbour doubling of below | beside], in dtype and format of below, without the doubled map in between."""
+    b, channels, h, w = below.shape
+    features = empty_output((b, channels + beside.shape[1], 2 * h, 2 * w), below)
+    features[:, :channels].unflatten(3, (w, 2)).unflatten(2, (h, 2)).copy_(below[:, :, :, None, :, None])
+    features[:, channels:].copy_(beside)
+    return features
 
 
 def _unet(plan: Plan, forms: Sequence[Form], x: Tensor, mask: Tensor) -> Pair:
