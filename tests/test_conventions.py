@@ -39,7 +39,7 @@ SHARED = {
     "inpaintrt/ops": {"__init__", "_shared", "_convolution", "_engine", "_resampling"},
     "csrc/cpu": {"dispatch", "parallel", "arena", "preferences", *PARTS},
     "kernels": {"__init__", "_lib", "_conv2d", "aot"},
-    "csrc/plan": {"plan", "nest", "fft", "conv2d", "conv2d_call"},
+    "csrc/plan": {"plan", "nest", "fft", "conv2d", "conv2d_call", "windows", "windows_call"},
     "csrc/cuda": {"common", "activation", "library", "fft", "mma", "conv2d"},
     "docs/ops": {"README"},
 }

@@ -44,6 +44,7 @@ ARCHS = tuple(int(a) for a in os.environ.get("INPAINTRT_CUDA_ARCHS", "90").repla
 # as an SM can run, 2048 or 1536. fourier_unit: two blocks where shared memory allows no more, else four.
 # contextual_attention: two blocks for products, which keep 64 sums a thread; else four. aot_gate: three for moments, which
 # keep 16 pixels a thread; else as gated_activation (lines have few blocks anyway). Convolutions: two, for 64 sums a thread.
+# window_attention: blocks are of 128; four, with a bias two. window_mask_update: of 128 too, all that an SM can run of them.
 REGISTERS = {
     "gated_activation": {80: 32, 90: 32, 100: 32, 86: 40, 89: 40, 120: 40},
     "fourier_unit_columns": dict.fromkeys(ALL_ARCHS, 128),
@@ -55,6 +56,9 @@ REGISTERS = {
     "aot_gate_moments": dict.fromkeys(ALL_ARCHS, 80),
     "aot_gate_lines": dict.fromkeys(ALL_ARCHS, 80),
     "aot_gate_blend": {80: 32, 90: 32, 100: 32, 86: 40, 89: 40, 120: 40},
+    "window_attention_biased": dict.fromkeys(ALL_ARCHS, 255),
+    "window_attention": dict.fromkeys(ALL_ARCHS, 128),
+    "window_mask_update": dict.fromkeys(ALL_ARCHS, 64),
     "conv2d_pack": dict.fromkeys(ALL_ARCHS, 64),
     "partial_conv2d_plane": dict.fromkeys(ALL_ARCHS, 64),
     "partial_conv2d_sums": dict.fromkeys(ALL_ARCHS, 64),
@@ -265,12 +269,34 @@ def convolution_entries(op: str) -> frozenset[str]:
     return frozenset(found)
 
 
+@functools.cache
+def window_entries() -> frozenset[str]:
+    found = set()
+    for dtype, channels, biased in itertools.product(DTYPES, (15, 30, 64), (False, True)):
+        x, bias = torch.empty(1, 4, 4, channels, dtype=dtype), torch.empty(1, 16, 16) if biased else None
+        args = registry.get("window_attention").bind(x, x, x, window_size=4, num_heads=1, bias=bias)
+        found |= {launch.entry for launch in simulation.plan("window_attention", args, (x,)).launches}
+    assert len(found) == 3 * 2 * len(DTYPES)
+    return frozenset(found)
+
+
+@functools.cache
+def update_entries() -> frozenset[str]:
+    found = set()
+    for dtype in DTYPES:
+        x = torch.empty(1, 4, 4, 1, dtype=dtype)
+        found |= {launch.entry for launch in simulation.plan("window_mask_update", (x, 2, 0), (x,)).launches}
+    return frozenset(found)
+
+
 # Every instance that plans of an op can name.
 ENTRIES = {
     "gated_activation": gated_entries,
     "fourier_unit": fourier_entries,
     "contextual_attention": contextual_entries,
     "aot_gate": aot_entries,
+    "window_attention": window_entries,
+    "window_mask_update": update_entries,
     **{op: functools.partial(convolution_entries, op) for op in ("fused_conv2d", "gated_conv2d", "partial_conv2d")},
 }
 

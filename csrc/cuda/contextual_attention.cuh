@@ -14,13 +14,6 @@
 #include "common.cuh"
 #include "plan/contextual_attention.h"
 
-// A loop that must not be unrolled, for want of registers.
-#ifdef __CUDA_ARCH__
-#define IRT_ROLL _Pragma("unroll 1")
-#else
-#define IRT_ROLL
-#endif
-
 namespace irt {
 
 __device__ __forceinline__ unsigned char* contextual_memory() {

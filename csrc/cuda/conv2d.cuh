@@ -26,15 +26,6 @@
 #include "mma.cuh"
 #include "plan/conv2d.h"
 
-// A loop that must not be unrolled: its body is long, and no register is indexed by it.
-#ifndef IRT_ROLL
-#ifdef __CUDA_ARCH__
-#define IRT_ROLL _Pragma("unroll 1")
-#else
-#define IRT_ROLL
-#endif
-#endif
-
 namespace irt {
 
 __device__ __forceinline__ unsigned char* conv2d_memory() {

@@ -36,10 +36,26 @@ __device__ __forceinline__ void multiply_add(float (&sum)[4], const unsigned (&a
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
-// Begins to copy 16 aligned bytes of device memory into shared memory.
+// Four matrices of 8 × 8 halves in shared memory, of which lane 8 · i + r names row r of matrix i, 16 aligned bytes.
+// Word i of the result are rows 2 · t and 2 · t + 1 of column g of matrix i, for lane 4 · g + t: where rows lie along
+// K, what a product takes for b.
+__device__ __forceinline__ void load_columns(unsigned (&words)[4], const void* row) {
+  const unsigned from = static_cast<unsigned>(__cvta_generic_to_shared(row));
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
+               : "r"(from)
+               : "memory");
+}
+
+// Begins to copy 4, 8 or 16 bytes, aligned as their number, of device memory into shared memory.
+template <int kBytes = 16>
 __device__ __forceinline__ void copy_later(void* shared, const void* global) {
   const unsigned to = static_cast<unsigned>(__cvta_generic_to_shared(shared));
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(global) : "memory");
+  if constexpr (kBytes == 16) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(global) : "memory");
+  } else {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(to), "l"(global), "n"(kBytes) : "memory");
+  }
 }
 // Waits for the thread's own copies. Others see them after the next barrier.
 __device__ __forceinline__ void copies_done() { asm volatile("cp.async.wait_all;" ::: "memory"); }

@@ -7,10 +7,13 @@
 #else
 #define IRT_BOTH inline
 #endif
+// Loops that must be unrolled, so that registers may be indexed by them; and such that must not, whose bodies are long.
 #ifdef __CUDA_ARCH__
 #define IRT_UNROLL _Pragma("unroll")
+#define IRT_ROLL _Pragma("unroll 1")
 #else
 #define IRT_UNROLL
+#define IRT_ROLL
 #endif
 
 namespace irt {

@@ -21,12 +21,15 @@ exponentials.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from inpaintrt.runtime.library import register
 from inpaintrt.runtime.spec import Cost, Lane, OpSpec, Outputs, Sample
+
+MOST_ROWS = 4096  # of a window, in CUDA kernels
 
 
 def windows(x: Tensor, size: int, shift: int) -> Tensor:
@@ -141,10 +144,17 @@ def _out(
     return (torch.empty(q.shape, dtype=q.dtype, device=q.device),)
 
 
-def _triton_refuses(q: Tensor, k: Tensor, v: Tensor, window_size: int, num_heads: int, *rest: object) -> Iterator[str]:
+def _gpu_refuses(q: Tensor, k: Tensor, v: Tensor, window_size: int, num_heads: int, *rest: object) -> Iterator[str]:
     """Heads of more than 64 channels."""
     if q.shape[3] // num_heads > 64:
         yield f"a head has {q.shape[3] // num_heads} channels; the kernel keeps up to 64 in registers"
+
+
+def _cuda_refuses(*args: Any) -> Iterator[str]:
+    """Heads of more than 64 channels, windows of more than 4096 rows."""
+    yield from _gpu_refuses(*args)
+    if args[3] > MOST_ROWS:
+        yield f"a window has {args[3]} rows; the kernel counts the tokens of up to {MOST_ROWS} in 32 bits"
 
 
 def _samples(level: str) -> Iterator[Sample]:
@@ -203,7 +213,12 @@ SPEC = OpSpec(
     summary="masked, shifted window attention by index arithmetic, without rolled or cut copies",
     reference=_reference,
     out=_out,
-    lanes={"triton": Lane(refuses=_triton_refuses), "cpu": Lane()},
+    lanes={
+        "cuda": Lane(refuses=_cuda_refuses),
+        "cupy": Lane(refuses=_cuda_refuses),
+        "triton": Lane(refuses=_gpu_refuses),
+        "cpu": Lane(),
+    },
     samples=_samples,
     cost=_cost,
 )

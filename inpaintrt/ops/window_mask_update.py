@@ -16,7 +16,7 @@ from torch import Tensor
 from inpaintrt.runtime.library import register
 from inpaintrt.runtime.spec import Cost, Lane, OpSpec, Outputs, Sample
 
-from .window_attention import check_map, from_windows, windows
+from .window_attention import MOST_ROWS, check_map, from_windows, windows
 
 
 def _reference(mask: Tensor, *, window_size: int, shift: int = 0) -> Tensor:
@@ -31,6 +31,12 @@ def _out(mask: Tensor, window_size: int, shift: int) -> Outputs:
     if mask.shape[3] != 1:
         raise ValueError(f"mask is {tuple(mask.shape)}; accepted: (B, H, W, 1)")
     return (torch.empty(mask.shape, dtype=mask.dtype, device=mask.device),)
+
+
+def _cuda_refuses(mask: Tensor, window_size: int, shift: int) -> Iterator[str]:
+    """Windows of more than 4096 rows."""
+    if window_size > MOST_ROWS:
+        yield f"a window has {window_size} rows; the kernel counts the tokens of up to {MOST_ROWS} in 32 bits"
 
 
 def _samples(level: str) -> Iterator[Sample]:
@@ -61,7 +67,7 @@ SPEC = OpSpec(
     summary="validity of tokens after window attention: 1 where their window has a valid one",
     reference=_reference,
     out=_out,
-    lanes={"triton": Lane(), "cpu": Lane()},
+    lanes={"cuda": Lane(refuses=_cuda_refuses), "cupy": Lane(refuses=_cuda_refuses), "triton": Lane(), "cpu": Lane()},
     samples=_samples,
     cost=_cost,
     differentiable=False,

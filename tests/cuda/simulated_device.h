@@ -1,7 +1,8 @@
 // CUDA's execution model on the host: the blocks of a grid one after the other, the threads of a block as fibers that
 // run in turn from barrier to barrier. It proves index arithmetic, barriers and numerics (with the host's elementary
 // functions in place of the device's) without a GPU; it knows nothing of memory that takes its time. Of warps it knows
-// their products of small matrices, from fragments that lie as PTX says; all threads of the block take part in one.
+// their products of small matrices, from fragments that lie as PTX says, and their exchanges; all threads of the block
+// take part in one.
 //
 // Shared memory holds NaN before each block, and may not be written beyond what the launch asked for. A barrier that is
 // missing makes results depend on the order of the threads, which may be reversed.
@@ -174,6 +175,22 @@ Outcome run(void (*kernel)(Params, void*, int), const Launch& launch) {
 }  // namespace simulated
 
 #define __syncthreads simulated::barrier
+#define __syncwarp simulated::barrier
+
+namespace simulated {
+
+static float exchanged[2][1024];  // a thread may be one exchange ahead of another, not two
+static unsigned exchanges[1024];
+
+}  // namespace simulated
+
+// All threads of the block call it, each once.
+static inline float __shfl_xor_sync(unsigned, float value, int lanes) {
+  float (&all)[1024] = simulated::exchanged[simulated::exchanges[threadIdx.x]++ % 2];
+  all[threadIdx.x] = value;
+  simulated::barrier();
+  return all[threadIdx.x ^ static_cast<unsigned>(lanes)];
+}
 
 // ---- csrc/cuda/mma.cuh --------------------------------------------------------------------------------------------
 
@@ -199,6 +216,8 @@ struct Fragments {
 };
 static Fragments fragments[2][1024];  // a thread may be one product ahead of another, not two
 static unsigned products[1024];
+static const void* rows[2][1024];
+static unsigned row_loads[1024];
 
 template <class T>
 void multiply_add(float (&sum)[4], const unsigned (&a)[4], const unsigned (&b)[2], T type) {
@@ -221,10 +240,25 @@ void multiply_add(float (&sum)[4], const unsigned (&a)[4], const unsigned (&b)[2
   }
 }
 
+// Every lane names a row and, when all have, takes its columns out of those of its warp.
+inline void load_columns(unsigned (&words)[4], const void* row) {
+  const unsigned thread = threadIdx.x, warp = thread / 32 * 32, g = thread % 32 / 4, t = thread % 4;
+  const void*(&all)[1024] = rows[row_loads[thread]++ % 2];
+  all[thread] = row;
+  barrier();
+  for (unsigned i = 0; i < 4; ++i) {
+    for (unsigned half = 0; half < 2; ++half) {
+      const char* const from = static_cast<const char*>(all[warp + 8 * i + 2 * t + half]);
+      memcpy(reinterpret_cast<char*>(&words[i]) + 2 * half, from + 2 * g, 2);
+    }
+  }
+}
+
 // Copies that have begun arrive when they are waited for, not before.
 struct Copy {
   void* to;
   const void* from;
+  size_t bytes;
 };
 static std::vector<Copy> copies[1024];
 
@@ -236,9 +270,13 @@ template <class T>
 void multiply_add(float (&sum)[4], const unsigned (&a)[4], const unsigned (&b)[2], T type) {
   simulated::multiply_add(sum, a, b, type);
 }
-inline void copy_later(void* shared, const void* global) { simulated::copies[threadIdx.x].push_back({shared, global}); }
+inline void load_columns(unsigned (&words)[4], const void* row) { simulated::load_columns(words, row); }
+template <int kBytes = 16>
+void copy_later(void* shared, const void* global) {
+  simulated::copies[threadIdx.x].push_back({shared, global, kBytes});
+}
 inline void copies_done() {
-  for (const simulated::Copy& copy : simulated::copies[threadIdx.x]) memcpy(copy.to, copy.from, 16);
+  for (const simulated::Copy& copy : simulated::copies[threadIdx.x]) memcpy(copy.to, copy.from, copy.bytes);
   simulated::copies[threadIdx.x].clear();
 }
 
