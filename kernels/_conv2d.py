@@ -227,6 +227,7 @@ _INTS = [
     *("taps_y", "taps_x", "stride", "dilation", "shared", "inverse", "top", "left"),
     *("xb", "xc", "xy", "xx", "x2b", "x2c", "x2y", "x2x", "wg", "wn", "wy", "wx", "w_phase"),
     *("ob", "oc", "oy", "ox", "mb", "mc", "my", "mx", "rb", "rc", "ry", "rx", "sb", "bias_n", "scale_n", "shift_n"),
+    "scale_b",
 ]
 
 
@@ -241,9 +242,11 @@ def _convolve(
     scale,
     shift,
     residual,  # as out, or None
+    strength,  # of the residual: one element, or None
     sums,  # (1|B, out_h, out_w) float32: of the mask over each window; or None
     alpha,
     gain,
+    bound,
     window,
     eps,
     pixels,  # B · rows · columns
@@ -295,12 +298,16 @@ def _convolve(
     bias_n,
     scale_n,
     shift_n,
+    scale_b,
     FORM: tl.constexpr,
     PADDING: tl.constexpr,
     HALVED: tl.constexpr,  # x is read doubled by halving indices
     GATED: tl.constexpr,
     ACT: tl.constexpr,
     BEFORE: tl.constexpr,  # the residual comes before the activation
+    PER_IMAGE: tl.constexpr,  # the scale is (B, groups · outputs)
+    GAINED: tl.constexpr,  # the result is multiplied by gain
+    BOUNDED: tl.constexpr,  # and kept within ±bound
     MASK_CHANNELS: tl.constexpr,  # the mask has a plane per channel
     LAST: tl.constexpr,  # channels of x are neighbours in memory
     VEC: tl.constexpr,  # divides the channels of a group, and of both inputs; up to 16 bytes
@@ -358,7 +365,11 @@ def _convolve(
 
     n_all = group * outputs + n
     if scale is not None:
-        acc *= _vector(scale, n_all, scale_n, in_n)
+        if PER_IMAGE:
+            at = (scale + widened(b, WIDE) * scale_b)[:, None] + (n_all * scale_n).to(tl.int32)[None, :]
+            acc *= to_float32(tl.load(at, mask=in_m[:, None] & in_n[None, :], other=0.0))
+        else:
+            acc *= _vector(scale, n_all, scale_n, in_n)
     if shift is not None:
         acc += _vector(shift, n_all, shift_n, in_n)
     if sums is not None:
@@ -376,14 +387,20 @@ def _convolve(
     if residual is not None:
         at = b * rb + p * ry + q * rx
         more = to_float32(_load(residual, at, widened(n_all, WIDE) * rc, in_m, in_n, RESIDUAL_LAST))
+        if strength is not None:
+            more *= to_float32(tl.load(strength))
         if BEFORE:
             acc = activate(acc + more, alpha, ACT, PRECISE)
         else:
             acc = activate(acc, alpha, ACT, PRECISE) + more
     else:
         acc = activate(acc, alpha, ACT, PRECISE)
+    if GAINED:
+        acc *= gain
     if GATED:
-        acc = gain * acc * sigmoid(gates, PRECISE)
+        acc *= sigmoid(gates, PRECISE)
+    if BOUNDED:
+        acc = clamp(acc, -bound, bound)
     at = (b * ob + p * oy + q * ox) * OUT_VEC
     _store(out, at, n_all if OUT_LAST else widened(n_all, WIDE) * oc, in_m, in_n, acc, OUT_LAST)
 
@@ -414,10 +431,12 @@ def _pack(
     wy,
     wx,
     DOUBLED: tl.constexpr,
+    FLIPPED: tl.constexpr,
     WIDE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """packed = weight, channels innermost; DOUBLED: for each phase, the sums of the taps that read the same input."""
+    """packed = weight, channels innermost; DOUBLED: for each phase, the sums of the taps that read the same input; FLIPPED:
+    rows and columns backwards."""
     i = widened(tl.program_id(0), WIDE) * BLOCK + tl.arange(0, BLOCK)
     inside = i < total
     c, tap, row = i % channels, i // channels, i // channels // taps_x // taps_y
@@ -425,6 +444,8 @@ def _pack(
     if DOUBLED:
         phase = row // all_outputs
         y, x = 2 * y - ((phase // 2 - top) & 1), 2 * x - ((phase % 2 - left) & 1)
+    if FLIPPED:
+        y, x = kernel_y - 1 - y, kernel_x - 1 - x
     weight += n // outputs * wg + n % outputs * wn + c * wc
     value = tl.zeros((BLOCK,), tl.float32)
     for dy in tl.static_range(2 if DOUBLED else 1):
@@ -547,15 +568,23 @@ def convolution(
     residual: Tensor | None = None,
     residual_mode: str = "after",
     second: Tensor | None = None,
-    gain: float | None = None,
+    gated: bool = False,
+    gain: float = 1.0,
+    bound: float | None = None,
+    flipped: bool = False,
+    residual_strength: Tensor | None = None,
     sums: Tensor | None = None,
     window: float = 1.0,
     eps: float = 0.0,
     precision: str | None = None,
 ) -> list[Launch]:
-    """The launches, in order; none where out is empty. Reads no data. Arguments as of `ops.fused_conv2d`, and
+    """The launches, in order; none where out is empty. Reads no data. Arguments as of `ops.fused_conv2d`, but mask may be
+    1 pixel wide and high, a factor per channel, scale may be (B, outputs), a residual may have 1 channel for all; and
 
-    gain: not None for a gated convolution: the second half of weight and bias makes the gates.
+    gated: the second half of weight and bias makes the gates.
+    gain: factor on the activation's result; bound: of the magnitude of what that gives, None for no bound.
+    flipped: the kernel is read backwards; not with upsample=2.
+    residual_strength: one element, factor on the residual.
     sums: (1|B, H', W') float32, of the mask over each window, for a partial one; window and eps as of the op.
     precision: "ieee" or "tf32"; None for what torch's switch says.
     """
@@ -577,15 +606,16 @@ def convolution(
 
     grouped = weight.unflatten(0, (groups, -1))  # (groups, outputs, channels, kernel)
     grouped = grouped.transpose(1, 2) if transposed else grouped
-    launches, operand = _packed(grouped, doubled, top, left, vec)
+    launches, operand = _packed(grouped, doubled, flipped, top, left, vec)
     taps_y, taps_x = operand.shape[3:5]
-    w_phase, *w_strides, _ = _broadcast(operand)
+    w_phase, *w_strides, _ = broadcast(operand)
 
     tensors = (x, second, operand, out, mask, residual, sums, bias, scale, shift)
     wide = out.numel() > 2**31 - 2**16 or needs_wide(*(t for t in tensors if t is not None))
     precision = precision or switched(x.dtype)
+    per_image = scale is not None and scale.dim() == 2
     heavy = wide or mask is not None or second is not None
-    sizes = config(pixels, outputs, channels, x.dtype, precision, gain is not None, heavy)
+    sizes = config(pixels, outputs, channels, x.dtype, precision, gated, heavy)
     x_last, x_vec, x_strides = _channels_last(x, vec)
     second_last, second_vec, second_strides = _channels_last(second, vec)
     out_last, out_vec, out_strides = _channels_last(out, _largest(x.dtype, outputs))
@@ -594,8 +624,8 @@ def convolution(
             kernel=_convolve,
             grid=(-(-pixels // sizes["PIXELS"]) * -(-outputs // sizes["OUTPUTS"]) * groups * period**2,),
             args=(
-                *(x, second, operand, out, mask, bias, scale, shift, residual, sums),
-                *(resolve_alpha(activation, alpha), 1.0 if gain is None else float(gain), float(window), float(eps)),
+                *(x, second, operand, out, mask, bias, scale, shift, residual, residual_strength, sums),
+                *(resolve_alpha(activation, alpha), float(gain), float(bound or 0.0), float(window), float(eps)),
                 *(pixels, rows, columns, period, out_h, out_w, h, w, outputs // out_vec, groups),
                 *(channels // vec, of_x // vec),
                 *(taps_y, taps_x, stride, dilation, shared, pow(dilation // shared, -1, stride // shared), top, left),
@@ -603,18 +633,22 @@ def convolution(
                 *second_strides,
                 *(s // vec for s in (*w_strides, w_phase)),
                 *out_strides,
-                *_broadcast(mask),
-                *_broadcast(residual),
-                _broadcast(sums)[0],
-                *(_broadcast(t)[0] for t in (bias, scale, shift)),
+                *broadcast(mask),
+                *broadcast(residual),
+                broadcast(sums)[0],
+                *(broadcast(t)[-1] for t in (bias, scale, shift)),
+                broadcast(scale)[0] if per_image else 0,
             ),
             constants={
                 "FORM": form,
                 "PADDING": padding_mode,
                 "HALVED": upsample == 2 and not doubled,
-                "GATED": gain is not None,
+                "GATED": gated,
                 "ACT": activation,
                 "BEFORE": residual_mode == "before",
+                "PER_IMAGE": per_image,
+                "GAINED": gain != 1.0,
+                "BOUNDED": bound is not None,
                 "MASK_CHANNELS": mask is not None and mask.shape[1] > 1,
                 "LAST": x_last,
                 "VEC": vec,
@@ -638,16 +672,17 @@ def convolution(
     return launches
 
 
-def _packed(weight: Tensor, doubled: bool, top: int, left: int, vec: int) -> tuple[list[Launch], Tensor]:
+def _packed(weight: Tensor, doubled: bool, flipped: bool, top: int, left: int, vec: int) -> tuple[list[Launch], Tensor]:
     """(groups, outputs, channels, kernel) as (phases, groups, outputs, taps, channels): a view, or a copy and its launch.
 
-    Strides (`_broadcast`) are multiples of vec, but for the last, which is 1.
+    Strides (`broadcast`) are multiples of vec, but for the last, which is 1.
     """
     operand = weight.permute(0, 1, 3, 4, 2)
     groups, outputs, kernel_y, kernel_x, channels = operand.shape
     phases, taps_y, taps_x = (4, kernel_y // 2 + 1, kernel_x // 2 + 1) if doubled else (1, kernel_y, kernel_x)
-    strides = _broadcast(operand)
-    if not doubled and strides[4] <= 1 and not any(s % vec for s in strides[:4]):
+    strides = broadcast(operand)
+    flipped = flipped and kernel_y * kernel_x > 1
+    if not doubled and not flipped and strides[4] <= 1 and not any(s % vec for s in strides[:4]):
         return [], operand.unsqueeze(0)
     packed = weight.new_empty((phases, groups, outputs, taps_y, taps_x, channels))
     total = packed.numel()
@@ -656,7 +691,7 @@ def _packed(weight: Tensor, doubled: bool, top: int, left: int, vec: int) -> tup
         *(weight, packed, total, groups * outputs, outputs, channels, taps_y, taps_x, kernel_y, kernel_x, top, left),
         *weight.stride(),
     )
-    constants = {"DOUBLED": doubled, "WIDE": wide, "BLOCK": _BLOCK}
+    constants = {"DOUBLED": doubled, "FLIPPED": flipped, "WIDE": wide, "BLOCK": _BLOCK}
     options = {"num_warps": 4, "enable_fp_fusion": False}
     pack = Launch(_pack, (-(-total // _BLOCK),), args, constants, options)
     return [pack] if total else [], packed
@@ -719,7 +754,7 @@ def _largest(dtype: torch.dtype, *numbers: int) -> int:
 def _channels_last(t: Tensor | None, vec: int) -> tuple[bool, int, tuple[int, ...]]:
     """Whether neighbours in memory are channels; if so, the largest vector, up to vec, that divides the other strides, and
     these counted in it."""
-    strides = _broadcast(t)
+    strides = broadcast(t)
     if strides[1] != 1:
         return False, 1, strides
     batch, _, row, column = strides
@@ -727,7 +762,7 @@ def _channels_last(t: Tensor | None, vec: int) -> tuple[bool, int, tuple[int, ..
     return True, vec, (batch // vec, 1, row // vec, column // vec)
 
 
-def _broadcast(t: Tensor | None) -> tuple[int, ...]:
+def broadcast(t: Tensor | None) -> tuple[int, ...]:
     """Strides, 0 along dimensions of one element; zeros for None."""
     return (0, 0, 0, 0) if t is None else tuple(s * (n > 1) for n, s in zip(t.shape, t.stride(), strict=True))
 

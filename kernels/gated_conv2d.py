@@ -30,6 +30,7 @@ def forward(args: Sequence[Any], outs: Sequence[Tensor], precision: str | None =
         padding_mode=padding_mode,
         activation=activation,
         alpha=alpha,
+        gated=True,
         gain=gain,
         precision=precision,
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib
 import json
 import pathlib
 import re
@@ -25,6 +26,13 @@ def case(name):
 @functools.cache
 def tensors(name):
     return load_file(GOLDEN / name / "tensors.safetensors")
+
+
+def backends(spec):
+    """The reference, and the lanes of an op that run on this machine's CPU."""
+    device = torch.device("cpu")
+    modules = {lane: importlib.import_module(f"inpaintrt.backends.{lane}") for lane in spec.lanes}
+    return ["reference", *(lane for lane, module in modules.items() if not module.missing(spec.name, device))]
 
 
 def backend(name, op):

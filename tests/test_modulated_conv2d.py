@@ -15,7 +15,7 @@ from inpaintrt.testing.compare import DIRECT
 
 from . import golden_style as golden
 
-BACKENDS = ["reference", *SPEC.lanes]
+BACKENDS = golden.backends(SPEC)
 FIR = torch.tensor([1.0, 3.0, 3.0, 1.0]) / 8
 
 

@@ -20,7 +20,7 @@ FUNCTIONS = [
 ]
 
 
-@pytest.mark.parametrize("backend", ["reference", *SPEC.lanes])
+@pytest.mark.parametrize("backend", golden.backends(SPEC))
 @pytest.mark.parametrize(("case", "run"), FUNCTIONS)
 def test_golden(case, run, backend):
     """Doubling, halving, odd factors, crops and flips, of two public implementations."""

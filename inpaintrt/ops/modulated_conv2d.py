@@ -265,7 +265,8 @@ SPEC = OpSpec(
     reference=_reference,
     out=_out,
     lanes={
-        "cpu": Lane(dtypes=frozenset({torch.float32, torch.bfloat16}), refuses=_cpu_refuses, numerics=_cpu_numerics)
+        "triton": Lane(),
+        "cpu": Lane(dtypes=frozenset({torch.float32, torch.bfloat16}), refuses=_cpu_refuses, numerics=_cpu_numerics),
     },
     samples=_samples,
     cost=_cost,

@@ -103,7 +103,10 @@ SPEC = OpSpec(
     summary="zeros between the samples, padding, a FIR filter, every n-th sample",
     reference=_reference,
     out=_out,
-    lanes={"cpu": Lane(dtypes=frozenset({torch.float32, torch.bfloat16}), refuses=_cpu_refuses)},
+    lanes={
+        "triton": Lane(),
+        "cpu": Lane(dtypes=frozenset({torch.float32, torch.bfloat16}), refuses=_cpu_refuses),
+    },
     samples=_samples,
     cost=_cost,
 )
