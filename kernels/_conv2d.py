@@ -305,7 +305,7 @@ def _convolve(
     GATED: tl.constexpr,
     ACT: tl.constexpr,
     BEFORE: tl.constexpr,  # the residual comes before the activation
-    PER_IMAGE: tl.constexpr,  # the scale is (B, groups · outputs)
+    PER_IMAGE: tl.constexpr,  # the scale is (B, groups · outputs), fewer than 2³¹ elements
     GAINED: tl.constexpr,  # the result is multiplied by gain
     BOUNDED: tl.constexpr,  # and kept within ±bound
     MASK_CHANNELS: tl.constexpr,  # the mask has a plane per channel
@@ -365,8 +365,8 @@ def _convolve(
 
     n_all = group * outputs + n
     if scale is not None:
-        if PER_IMAGE:
-            at = (scale + widened(b, WIDE) * scale_b)[:, None] + (n_all * scale_n).to(tl.int32)[None, :]
+        if PER_IMAGE:  # offsets of 64 bits would spill
+            at = scale + (b.to(tl.int32) * scale_b)[:, None] + (n_all * scale_n).to(tl.int32)[None, :]
             acc *= to_float32(tl.load(at, mask=in_m[:, None] & in_n[None, :], other=0.0))
         else:
             acc *= _vector(scale, n_all, scale_n, in_n)

@@ -170,6 +170,12 @@ def _out(
     return (empty_output((b, weight.shape[0], *size), x),)
 
 
+def _triton_refuses(x: Tensor, weight: Tensor, *_: object) -> Iterator[str]:
+    """Batches whose factors, one for each image and channel, are 2³¹ or more."""
+    if x.shape[0] * max(weight.shape[:2]) >= 2**31:
+        yield f"{x.shape[0]} images of {max(weight.shape[:2])} channels have more factors than 32 bits count"
+
+
 def _cpu_refuses(
     x: Tensor,
     weight: Tensor,
@@ -265,7 +271,7 @@ SPEC = OpSpec(
     reference=_reference,
     out=_out,
     lanes={
-        "triton": Lane(),
+        "triton": Lane(refuses=_triton_refuses),
         "cpu": Lane(dtypes=frozenset({torch.float32, torch.bfloat16}), refuses=_cpu_refuses, numerics=_cpu_numerics),
     },
     samples=_samples,
