@@ -296,10 +296,11 @@ def test_simulated_uniform_masks_cancel(simulate: Simulator, value: float) -> No
     assert bool((out - exact).abs().max() < (1e-6 if value else 2e-5))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("size", [4, 12])
-def test_simulated_values_count_where_weights_are_tiny(simulate: Simulator, size: int) -> None:
+def test_simulated_values_count_where_weights_are_tiny(simulate: Simulator, size: int, dtype: torch.dtype) -> None:
     """e⁻¹⁰⁰ of 10³⁷ is 4·10⁻⁷: a lot where all other values are 0. In a later round of keys, too."""
-    q, k, v = qkv(1, size, size, 8, scale=0.01)
+    q, k, v = (t.to(dtype) for t in qkv(1, size, size, 8, scale=0.01))
     mask = torch.ones(1, size, size, 1)
     mask[0, size - 1, 2] = 0
     for small, huge in ((1.0, 1e37), (0.0, 1e37), (1e-30, 1e8)):
@@ -344,12 +345,15 @@ def test_simulated_mask_values_are_added(simulate: Simulator, special: float) ->
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_the_order_of_threads_does_not_matter(simulate: Simulator, dtype: torch.dtype) -> None:
-    """Where a barrier is missing it would."""
-    for side, size, channels in ((16, 16, 60), (8, 8, 30), (12, 12, 5)):
+    """Where a barrier is missing it would. Blocks of four warps, in one round of keys and in two; blocks of one warp."""
+    for side, size, channels, threads in ((64, 8, 4, 128), (72, 9, 4, 128), (16, 16, 60, 32)):
         q, k, v = (t.to(dtype) for t in qkv(1, side, side, channels))
         mask = (noise(1, side, side, 1, seed=3) > 0).to(dtype)
-        args = SPEC.bind(q, k, v, window_size=size, num_heads=1, shift=3, mask=mask)
-        assert torch.equal(compute(simulate, SPEC, args), compute(simulate, SPEC, args, reverse=True))
+        args = SPEC.bind(q, k, v, window_size=size, num_heads=2 if size == 8 else 1, shift=3, mask=mask)
+        assert plan(args)[0].block == (threads, 1, 1)
+        out = compute(simulate, SPEC, args)
+        check(out, args)
+        assert torch.equal(out, compute(simulate, SPEC, args, reverse=True))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

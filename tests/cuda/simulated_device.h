@@ -1,8 +1,8 @@
 // CUDA's execution model on the host: the blocks of a grid one after the other, the threads of a block as fibers that
-// run in turn from barrier to barrier. It proves index arithmetic, barriers and numerics (with the host's elementary
-// functions in place of the device's) without a GPU; it knows nothing of memory that takes its time. Of warps it knows
-// their products of small matrices, from fragments that lie as PTX says, and their exchanges; all threads of the block
-// take part in one.
+// run in turn: those of a warp from barrier to barrier, the warps one after the other from one of the block's to the
+// next. It proves index arithmetic, barriers and numerics (with the host's elementary functions in place of the
+// device's) without a GPU; it knows nothing of memory that takes its time. Of warps it knows their products of small
+// matrices, from fragments that lie as PTX says, and their exchanges; all threads of the warp take part in one.
 //
 // Shared memory holds NaN before each block, and may not be written beyond what the launch asked for. A barrier that is
 // missing makes results depend on the order of the threads, which may be reversed.
@@ -66,10 +66,11 @@ struct Launch {
 
 // A thread: it calls `body` for a block, and once more for each block after that. Switching is setjmp and longjmp,
 // which unlike swapcontext make no system call; a context serves to get onto the stack.
+enum class At { kWarp, kBlock, kEnd };  // where a thread waits: at a barrier of its warp or of the block; done with it
 struct Fiber {
   std::unique_ptr<char[]> stack;
   jmp_buf point;  // where it goes on
-  bool done;      // with this block
+  At at;
 };
 static std::vector<Fiber> fibers;
 static Fiber* current;
@@ -77,15 +78,17 @@ static jmp_buf scheduler;
 static const void* body;
 static void (*call_body)(const void*);
 
-inline void barrier() {
+inline void wait(At at) {
+  current->at = at;
   if (!_setjmp(current->point)) _longjmp(scheduler, 1);
 }
+inline void barrier() { wait(At::kBlock); }
+inline void warp_barrier() { wait(At::kWarp); }
 
 inline void fiber_main() {
   for (;;) {
     call_body(body);
-    current->done = true;
-    barrier();
+    wait(At::kEnd);
   }
 }
 
@@ -103,26 +106,41 @@ inline void resume(Fiber& fiber) {
   setcontext(&context);
 }
 
+// A warp's threads, to a barrier of the block or their end; false where they are not all at the same one.
+inline bool run_warp(unsigned first, unsigned count, bool reversed) {
+  for (;;) {
+    for (unsigned i = 0; i < count; ++i) {
+      const unsigned t = first + (reversed ? count - 1 - i : i);
+      threadIdx = {t % blockDim.x, t / blockDim.x % blockDim.y, t / blockDim.x / blockDim.y};
+      resume(fibers[t]);
+    }
+    for (unsigned i = 1; i < count; ++i) {
+      if (fibers[first + i].at != fibers[first].at) return false;
+    }
+    if (fibers[first].at != At::kWarp) return true;
+  }
+}
+
 // One block; every thread calls `f`.
 template <class F>
 Outcome run_block(const F& f, bool reversed) {
-  const unsigned count = blockDim.x * blockDim.y * blockDim.z;
+  constexpr unsigned kWarp = 32;
+  const unsigned count = blockDim.x * blockDim.y * blockDim.z, warps = (count + kWarp - 1) / kWarp;
   body = &f;
   call_body = [](const void* any) { (*static_cast<const F*>(any))(); };
   if (fibers.size() != count) fibers = std::vector<Fiber>(count);
-  for (Fiber& fiber : fibers) fiber.done = false;
-  for (unsigned ended = 0; ended == 0;) {  // from barrier to barrier
-    for (unsigned i = 0; i < count; ++i) {
-      const unsigned t = reversed ? count - 1 - i : i;
-      threadIdx = {t % blockDim.x, t / blockDim.x % blockDim.y, t / blockDim.x / blockDim.y};
-      resume(fibers[t]);
-      ended += fibers[t].done;
+  do {  // from barrier to barrier
+    bool together = true;
+    for (unsigned i = 0; i < warps && together; ++i) {
+      const unsigned first = kWarp * (reversed ? warps - 1 - i : i), left = count - first;
+      together = run_warp(first, left < kWarp ? left : kWarp, reversed);
     }
-    if (ended != 0 && ended != count) {
+    for (const Fiber& fiber : fibers) together = together && fiber.at == fibers[0].at;
+    if (!together) {
       fibers.clear();  // some are in the middle of the kernel
       return kNotAllAtTheBarrier;
     }
-  }
+  } while (fibers[0].at != At::kEnd);
   return kRan;
 }
 
@@ -175,7 +193,7 @@ Outcome run(void (*kernel)(Params, void*, int), const Launch& launch) {
 }  // namespace simulated
 
 #define __syncthreads simulated::barrier
-#define __syncwarp simulated::barrier
+#define __syncwarp simulated::warp_barrier
 
 namespace simulated {
 
@@ -184,11 +202,10 @@ static unsigned exchanges[1024];
 
 }  // namespace simulated
 
-// All threads of the block call it, each once.
 static inline float __shfl_xor_sync(unsigned, float value, int lanes) {
   float (&all)[1024] = simulated::exchanged[simulated::exchanges[threadIdx.x]++ % 2];
   all[threadIdx.x] = value;
-  simulated::barrier();
+  simulated::warp_barrier();
   return all[threadIdx.x ^ static_cast<unsigned>(lanes)];
 }
 
@@ -225,7 +242,7 @@ void multiply_add(float (&sum)[4], const unsigned (&a)[4], const unsigned (&b)[2
   Fragments(&all)[1024] = fragments[products[thread]++ % 2];
   memcpy(all[thread].a, a, sizeof a);
   memcpy(all[thread].b, b, sizeof b);
-  barrier();
+  warp_barrier();
   for (unsigned i = 0; i < 4; ++i) {
     const unsigned row = g + i / 2 * 8, column = 2 * t + i % 2;
     double exact = static_cast<double>(sum[i]);
@@ -245,7 +262,7 @@ inline void load_columns(unsigned (&words)[4], const void* row) {
   const unsigned thread = threadIdx.x, warp = thread / 32 * 32, g = thread % 32 / 4, t = thread % 4;
   const void*(&all)[1024] = rows[row_loads[thread]++ % 2];
   all[thread] = row;
-  barrier();
+  warp_barrier();
   for (unsigned i = 0; i < 4; ++i) {
     for (unsigned half = 0; half < 2; ++half) {
       const char* const from = static_cast<const char*>(all[warp + 8 * i + 2 * t + half]);
