@@ -37,6 +37,8 @@ class Adapter(Protocol):
     algorithm: str
     deep: bool
     """A container of many layers, whose rounding error its depth amplifies; `verify` judges its parts."""
+    # `named = True`, which is optional: calls by keywords come with these in the places that the original's forward
+    # gives them, omitted ones at their defaults. Without it such calls are the original's.
 
     def match(self, module: nn.Module) -> str | None:
         """None: can be swapped. "": not this kind of module. Otherwise: of this kind, and why it cannot be swapped."""
@@ -167,6 +169,20 @@ def _tf32_allowed(args: tuple[Any, ...]) -> bool:
     return "tf32" in (cudnn.conv.fp32_precision, torch.backends.cuda.matmul.fp32_precision)
 
 
+def by_position(
+    args: tuple[Any, ...], kwargs: dict[str, Any], names: list[str], defaults: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """A call with those of its keywords in their places that have one, and the others."""
+    placed, left = list(args), dict(kwargs)
+    for name in names[len(args) :]:
+        if not left.keys() & set(names):
+            break
+        if name not in left and defaults[name] is inspect.Parameter.empty:
+            return args, kwargs
+        placed.append(left.pop(name, defaults[name]))
+    return tuple(placed), left
+
+
 def _run(module: Any, args: tuple[Any, ...]) -> Any:
     record: Record = module.__dict__[_RECORD]
     forward = functools.partial(record.adapter.forward, module)
@@ -220,14 +236,20 @@ def _cast(result: Any, dtype: torch.dtype) -> Any:
 
 @functools.cache
 def _subclass(original: type[nn.Module]) -> type[nn.Module]:
-    defaults = {name: p.default for name, p in inspect.signature(original.forward).parameters.items()}
+    parameters = inspect.signature(original.forward).parameters
+    defaults = {name: p.default for name, p in parameters.items()}
+    names = [name for name, p in parameters.items() if p.kind is p.POSITIONAL_OR_KEYWORD][1:]
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         # A slice of a Sequential is made by its class, so it has the class but was never swapped.
         telling = {name: value for name, value in kwargs.items() if value is not defaults.get(name, self)}
-        if record_of(self) is None or why_original(self, args, telling):
+        record = record_of(self)
+        placed, left = args, telling
+        if telling and record is not None and getattr(record.adapter, "named", False):
+            placed, left = by_position(args, telling, names, defaults)
+        if record is None or why_original(self, placed, left):
             return original.forward(self, *args, **kwargs)
-        return _run(self, args)
+        return _run(self, placed)
 
     def __reduce_ex__(self: Any, protocol: Any) -> Any:
         state = {name: value for name, value in self.__dict__.items() if name != _RECORD}

@@ -1,0 +1,345 @@
+"""Layers of StyleGAN 2 as strangers write them: equalised convolutions, modulated ones, and those that make the picture.
+
+$$ \\mathrm{clamp}\\big(g \\cdot \\mathrm{act}(d_o \\, \\mathrm{conv}(x \\cdot s, W) + \\nu n + b)\\big) $$
+
+with s an affine map of a style vector, or 1, and with doubling or halving by a FIR filter in the same layer. Co-ModGAN, MAT
+and FcF are built of them; names are NVIDIA's (`affine`, `resample_filter`, `noise_strength`), those of the ports that
+nest small modules (`conv.modulation`, `noise.weight`, `activate.bias`), or MAT's mixture.
+
+A module is read into its roles. Attributes rarely tell all that its code does: whether a bias that it holds is added (FcF's
+is not), whether doubling convolves or correlates, whether weights are normalised first, where noise comes from. That is
+found by trials (see `stylegan2_forms`). What is done is one op, `ops.modulated_conv2d`, with the module's own weight; no
+filter is made for an image, and nothing between the convolution and the clamp is a pass of its own.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from inpaintrt import ops
+from inpaintrt.ops.modulated_conv2d import default_gain
+from inpaintrt.runtime import registry
+from inpaintrt.runtime.library import dispatchers
+
+from . import engine
+from .convolution import class_of
+from .ffc import refuses_tensor
+
+# ---- reading: modules by role ---------------------------------------------------------------------------------------
+
+_AFFINE = ("affine", "modulation")
+_LARGEST_KERNEL = 7
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A layer by its parts, absent ones as None.
+
+    weight: (Cout, Cin, k, k). taps: the filter around a change of size. affine: the map from styles to Cin factors.
+    skip_taps: the filter by which a smaller picture would be doubled.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+    taps: Tensor | None
+    affine: Any
+    noise_strength: Tensor | None
+    noise_const: Tensor | None
+    skip_taps: Tensor | None
+    takes: Parameters
+
+    @property
+    def weight_gain(self) -> float:
+        """1/√fan_in, by which training equalises the learning rates of layers."""
+        return 1 / math.sqrt(self.weight[0].numel())
+
+
+class Parameters(NamedTuple):
+    """What a forward is called with: all names in their order, and the defaults of the optional ones."""
+
+    names: tuple[str, ...]
+    defaults: tuple[Any, ...]
+
+    def given(self, args: Sequence[Any]) -> dict[str, Any]:
+        """The arguments of a call by name, where they are not at their defaults."""
+        required = len(self.names) - len(self.defaults)
+        by_name = dict(zip(self.names, args, strict=False))
+        usual = dict(zip(self.names[required:], self.defaults, strict=True))
+        return {name: value for name, value in by_name.items() if name not in usual or value is not usual[name]}
+
+
+_parameters: dict[type, Parameters | None] = {}
+
+
+def parameters_of(module: nn.Module) -> Parameters | None:
+    """None where a forward takes any number of arguments."""
+    cls: Any = class_of(module)
+    if cls not in _parameters:
+        found = list(inspect.signature(cls.forward).parameters.values())[1:]
+        plain = all(p.kind is p.POSITIONAL_OR_KEYWORD for p in found)
+        defaults = tuple(p.default for p in found if p.default is not p.empty)
+        _parameters[cls] = Parameters(tuple(p.name for p in found), defaults) if plain else None
+    return _parameters[cls]
+
+
+def layer_of(module: Any) -> Layer | None:
+    """None for what is no layer of this family."""
+    if isinstance(module, nn.modules.conv._ConvNd):
+        return None
+    parts = dict(module._modules)
+    if isinstance(module, nn.Sequential):
+        parts = _roles(list(module))
+    conv = module if "weight" in module._parameters else parts.get("conv")
+    weight = None if conv is None or isinstance(conv, nn.modules.conv._ConvNd) else conv._parameters.get("weight")
+    if weight is None or hasattr(conv, "parametrizations"):
+        return None
+    if weight.dim() == 5 and len(weight) == 1:
+        weight = weight[0]
+    if weight.dim() != 4 or weight.shape[2] != weight.shape[3] or weight.shape[2] not in range(1, _LARGEST_KERNEL + 1, 2):
+        return None
+    takes = parameters_of(module)
+    affine = next((conv._modules[name] for name in _AFFINE if conv._modules.get(name) is not None), None)
+    matrix = getattr(affine, "weight", None)
+    if takes is None or (affine is not None and (not isinstance(matrix, Tensor) or matrix.dim() != 2)):
+        return None
+    if len(takes.names) - len(takes.defaults) != (1 if affine is None else 2):
+        return None
+    noise, activate, blur = parts.get("noise"), parts.get("activate"), parts.get("blur", conv._modules.get("blur"))
+    bias = _own(module, "bias") if activate is None else _own(activate, "bias")
+    layer = Layer(
+        weight=weight,
+        bias=None if bias is None or bias.numel() != len(weight) else bias.view(-1),
+        taps=_own(conv, "resample_filter") if blur is None else _own(blur, "kernel"),
+        affine=affine,
+        noise_strength=_own(module, "noise_strength") if noise is None else _own(noise, "weight"),
+        noise_const=_own(module, "noise_const"),
+        skip_taps=_own(module, "resample_filter") if "upsample" not in parts else _own(parts["upsample"], "kernel"),
+        takes=takes,
+    )
+    return layer if affine is not None or _speaks_of_equalising(module, layer) else None
+
+
+def _roles(layers: list[Any]) -> dict[str, Any]:
+    """A sequence of a filter, a convolution and its activation, as ports have it."""
+    roles = {}
+    for layer in layers:
+        own = layer._parameters
+        role = "blur" if "kernel" in layer._buffers else "conv" if "weight" in own else "activate" if "bias" in own else ""
+        if not role or role in roles:
+            return {}
+        roles[role] = layer
+    return roles if "activate" in roles else {}
+
+
+def _own(module: Any, name: str) -> Tensor | None:
+    found = module._parameters.get(name)
+    return module._buffers.get(name) if found is None else found  # type: ignore[no-any-return]
+
+
+_MARKS = frozenset(("weight_gain", "conv_clamp", "clamp", "act_gain"))
+
+
+def _speaks_of_equalising(module: Any, layer: Layer) -> bool:
+    """Without a style, a weight of four dimensions is too little to go by."""
+    return isinstance(module, nn.Sequential) or layer.taps is not None or not _MARKS.isdisjoint(vars(module))
+
+
+# ---- forms ----------------------------------------------------------------------------------------------------------
+
+NOTHING, GIVEN, STORED, DRAWN = "nothing", "given", "stored", "drawn"
+"""Where a layer's noise comes from."""
+TENSOR = "a tensor"
+HALF, SAME = "half", "same"
+"""Sizes of the picture that a layer adds its own to."""
+
+
+@dataclass(frozen=True)
+class Form:
+    """What a layer does that its tensors do not tell.
+
+    flip: convolves (public doubling layers), else correlates. eps: of the demodulation; 0 where weights and styles are
+    normalised before, from which it follows. activation: as ops have it; gain follows from it. clamp: the attribute that
+    holds the bound, or the bound. taps_gain: what makes the filter's sum 1. noise: for each way to ask for noise (a value of
+    `noise_mode`, None, a tensor) where it comes from. skips: sizes of the picture that it adds.
+    """
+
+    up: int = 1
+    down: int = 1
+    flip: bool = False
+    demodulate: bool = False
+    eps: float = 1e-8
+    biased: bool = False
+    activation: str = "none"
+    clamp: str | float | None = None
+    taps_gain: float = 1.0
+    noise: tuple[tuple[str | None, str], ...] = ()
+    skips: frozenset[str] = frozenset()
+    scaled: bool = False
+    """`gain` scales the result and the clamp."""
+
+
+def bound_of(module: Any, form: Form) -> float | None:
+    bound = getattr(module, form.clamp) if isinstance(form.clamp, str) else form.clamp
+    return None if bound is None or bound < 0 else float(bound)
+
+
+def kind_of_noise(given: dict[str, Any], layer: Layer) -> str | None:
+    """How a call asks for noise."""
+    if "noise_mode" in layer.takes.names:
+        at = layer.takes.names.index("noise_mode") - len(layer.takes.names)
+        return given.get("noise_mode", layer.takes.defaults[at])  # type: ignore[no-any-return]
+    return None if given.get("noise") is None else TENSOR
+
+
+# ---- the fused form -------------------------------------------------------------------------------------------------
+
+
+def styled(module: Any, layer: Layer, form: Form, args: Sequence[Any]) -> Tensor:
+    """The layer's result for a call that was not refused."""
+    given = layer.takes.given(args)
+    x, gain = args[0], float(given.get("gain", 1.0))
+    style = x.new_ones(len(x), x.shape[1]) if layer.affine is None else _style(layer, args[1])
+    bound = bound_of(module, form)
+    y = convolved(
+        x, layer.weight, style, demodulate=form.demodulate, eps=form.eps, weight_gain=layer.weight_gain, up=form.up,
+        down=form.down, flip_weight=form.flip, resample_filter=scaled(layer.taps, form.taps_gain),
+        noise=_noise(layer, form, x, given), noise_strength=layer.noise_strength, bias=layer.bias if form.biased else None,
+        activation=form.activation, gain=gain * default_gain(form.activation), clamp=None if bound is None else bound * gain,
+    )  # fmt: skip
+    below = _below(layer, given)
+    if below is None:
+        return y
+    if below.shape != y.shape:
+        below = ops.upfirdn2d(below, layer.skip_taps, up=2, padding=(2, 1, 2, 1), gain=4 * form.taps_gain)
+    return y + below
+
+
+def convolved(x: Tensor, weight: Tensor, style: Tensor, *, noise: Tensor | None, **options: Any) -> Tensor:
+    """`ops.modulated_conv2d` in the dtype that pays: bfloat16 under autocast where the engine is the faster one in it."""
+    if noise is None:
+        options["noise_strength"] = None
+    lower = torch.is_autocast_enabled(x.device.type) and engine._bf16_pays()
+    dtype = torch.bfloat16 if lower else torch.promote_types(x.dtype, weight.dtype)
+    for name in ("bias", "noise_strength"):
+        options[name] = None if options.get(name) is None else options[name].to(dtype)
+    return ops.modulated_conv2d(
+        x.to(dtype), weight.to(dtype), style.to(dtype), noise=None if noise is None else noise.to(dtype), **options
+    )
+
+
+def scaled(taps: Tensor | None, gain: float) -> Tensor | None:
+    return taps if taps is None or gain == 1 else taps * gain
+
+
+def _style(layer: Layer, vector: Tensor) -> Tensor:
+    with torch.autocast(vector.device.type, enabled=False):  # one rounded factor would be wrong in the whole channel
+        return layer.affine(vector)  # type: ignore[no-any-return]
+
+
+def _noise(layer: Layer, form: Form, x: Tensor, given: dict[str, Any]) -> Tensor | None:
+    source = dict(form.noise)[kind_of_noise(given, layer)]
+    if source == GIVEN:
+        return given["noise"]  # type: ignore[no-any-return]
+    if source == STORED:
+        return None if layer.noise_const is None else layer.noise_const.view(1, 1, *layer.noise_const.shape[-2:])
+    if source == DRAWN:
+        return torch.randn(len(x), 1, *outputs(form, x), dtype=x.dtype, device=x.device)
+    return None
+
+
+def outputs(form: Form, x: Tensor) -> list[int]:
+    """Rows and columns of the result."""
+    return [n * form.up // form.down for n in x.shape[2:]]
+
+
+_BELOW = ("skip", "below")
+
+
+def _below(layer: Layer, given: dict[str, Any]) -> Tensor | None:
+    return next((given[name] for name in _BELOW if given.get(name) is not None), None)
+
+
+# ---- what is refused ------------------------------------------------------------------------------------------------
+
+_KNOWN = frozenset(("noise_mode", "noise", "fused_modconv", "gain", *_BELOW))
+"""Parameters of forwards, besides the image and the style, of which it is known what they mean."""
+
+
+def refuses(module: Any, layer: Layer, form: Form, args: Sequence[Any]) -> Iterator[str]:
+    """Sentences against a call."""
+    required = 1 if layer.affine is None else 2
+    if not required <= len(args) <= len(layer.takes.names):
+        yield f"called with {len(args)} arguments"
+        return
+    x, given = args[0], layer.takes.given(args)
+    if why := next(refuses_tensor(x, layer.weight, layer.weight.shape[1]), ""):
+        yield why
+        return
+    if torch.is_autocast_enabled(x.device.type):
+        yield "under autocast, which has its own"
+    if unknown := sorted(set(given).difference(_KNOWN, layer.takes.names[:required])):
+        yield f"called with {unknown[0]}"
+    if layer.affine is not None and (why := _against_style(layer, x, args[1])):
+        yield why
+    if "gain" in given and not (form.scaled and isinstance(given["gain"], (int, float)) and given["gain"] > 0):
+        yield f"called with gain {given['gain']!r}"
+    yield from _refuses_noise(layer, form, x, given)
+    yield from _refuses_below(layer, form, x, given)
+    yield from _refuses_kernel(layer, form, x)
+
+
+def _against_style(layer: Layer, x: Tensor, style: Any) -> str:
+    width = layer.affine.weight.shape[1]
+    if isinstance(style, Tensor) and (style.dtype, style.device, tuple(style.shape)) == (x.dtype, x.device, (len(x), width)):
+        return ""
+    what = f"{tuple(style.shape)} {style.dtype}" if isinstance(style, Tensor) else type(style).__name__
+    return f"its style is {what}, not ({len(x)}, {width}) in {x.dtype}"
+
+
+def _refuses_noise(layer: Layer, form: Form, x: Tensor, given: dict[str, Any]) -> Iterator[str]:
+    kind = kind_of_noise(given, layer)
+    source = dict(form.noise).get(kind)
+    size = outputs(form, x)
+    if source is None:
+        yield f"asked for noise by {kind!r}, for which no form is known"
+    elif source == GIVEN:
+        noise = given["noise"]
+        accepted = [(n, 1, *size) for n in (1, len(x))]
+        if not isinstance(noise, Tensor) or noise.dtype != x.dtype or tuple(noise.shape) not in accepted:
+            yield f"its noise is not {accepted[-1]} in {x.dtype}"
+    elif source == STORED and layer.noise_const is not None and list(layer.noise_const.shape[-2:]) != size:
+        yield f"its noise is {tuple(layer.noise_const.shape)}, the result {tuple(size)}"
+    elif source == DRAWN and x.dtype != torch.get_default_dtype():
+        yield "its noise is drawn in another dtype than the image's"
+
+
+def _refuses_below(layer: Layer, form: Form, x: Tensor, given: dict[str, Any]) -> Iterator[str]:
+    below = _below(layer, given)
+    if below is None:
+        return
+    whole = [len(x), len(layer.weight), *outputs(form, x)]
+    shapes = {SAME: whole, HALF: [*whole[:2], *(n // 2 for n in whole[2:])]}
+    if not isinstance(below, Tensor) or below.dtype != x.dtype or list(below.shape) not in [shapes[k] for k in form.skips]:
+        yield "the picture that it is to add its own to has another shape or dtype than is known to be added"
+
+
+def _refuses_kernel(layer: Layer, form: Form, x: Tensor) -> Iterator[str]:
+    if torch.compiler.is_compiling():  # a program decides where it runs, inside the op
+        return
+    if min(x.shape[2:]) < form.down:
+        yield f"the input of {tuple(x.shape[2:])} is too small to be halved"
+        return
+    args = registry.get("modulated_conv2d").bind(
+        x=x, weight=layer.weight, style=x[:, :, 0, 0], up=form.up, down=form.down, padding=layer.weight.shape[3] // 2,
+        resample_filter=None if form.up == form.down else layer.taps,
+    )  # fmt: skip
+    reasons = dispatchers["modulated_conv2d"].reasons(args, x)
+    if all(sentences for sentences in reasons.values()):
+        yield "; ".join(f"{name}: {sentences[0]}" for name, sentences in reasons.items()) or "there is no backend"
