@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from . import stylegan2_partial
 from .stylegan2_forms import form_of
 from .stylegan2_layers import Form, Layer, layer_of, refuses, styled
 
@@ -66,4 +67,4 @@ def _read(module: Any) -> tuple[Layer, Form]:
     return layer, form
 
 
-ADAPTERS = (StyledAdapter(), ConvolutionAdapter())
+ADAPTERS = (*stylegan2_partial.ADAPTERS, StyledAdapter(), ConvolutionAdapter())

@@ -102,11 +102,17 @@ def layer_of(module: Any) -> Layer | None:
         return None
     if weight.dim() == 5 and len(weight) == 1:
         weight = weight[0]
-    if weight.dim() != 4 or weight.shape[2] != weight.shape[3] or weight.shape[2] not in range(1, _LARGEST_KERNEL + 1, 2):
+    if (
+        weight.dim() != 4
+        or weight.shape[2] != weight.shape[3]
+        or weight.shape[2] not in range(1, _LARGEST_KERNEL + 1, 2)
+    ):
         return None
     takes = parameters_of(module)
     affine = next((conv._modules[name] for name in _AFFINE if conv._modules.get(name) is not None), None)
     matrix = getattr(affine, "weight", None)
+    if affine is None and conv is not module and not isinstance(module, nn.Sequential):
+        return None
     if takes is None or (affine is not None and (not isinstance(matrix, Tensor) or matrix.dim() != 2)):
         return None
     if len(takes.names) - len(takes.defaults) != (1 if affine is None else 2):
@@ -131,7 +137,9 @@ def _roles(layers: list[Any]) -> dict[str, Any]:
     roles = {}
     for layer in layers:
         own = layer._parameters
-        role = "blur" if "kernel" in layer._buffers else "conv" if "weight" in own else "activate" if "bias" in own else ""
+        role = (
+            "blur" if "kernel" in layer._buffers else "conv" if "weight" in own else "activate" if "bias" in own else ""
+        )
         if not role or role in roles:
             return {}
         roles[role] = layer
@@ -297,7 +305,11 @@ def refuses(module: Any, layer: Layer, form: Form, args: Sequence[Any]) -> Itera
 
 def _against_style(layer: Layer, x: Tensor, style: Any) -> str:
     width = layer.affine.weight.shape[1]
-    if isinstance(style, Tensor) and (style.dtype, style.device, tuple(style.shape)) == (x.dtype, x.device, (len(x), width)):
+    if isinstance(style, Tensor) and (style.dtype, style.device, tuple(style.shape)) == (
+        x.dtype,
+        x.device,
+        (len(x), width),
+    ):
         return ""
     what = f"{tuple(style.shape)} {style.dtype}" if isinstance(style, Tensor) else type(style).__name__
     return f"its style is {what}, not ({len(x)}, {width}) in {x.dtype}"
@@ -326,7 +338,11 @@ def _refuses_below(layer: Layer, form: Form, x: Tensor, given: dict[str, Any]) -
         return
     whole = [len(x), len(layer.weight), *outputs(form, x)]
     shapes = {SAME: whole, HALF: [*whole[:2], *(n // 2 for n in whole[2:])]}
-    if not isinstance(below, Tensor) or below.dtype != x.dtype or list(below.shape) not in [shapes[k] for k in form.skips]:
+    if (
+        not isinstance(below, Tensor)
+        or below.dtype != x.dtype
+        or list(below.shape) not in [shapes[k] for k in form.skips]
+    ):
         yield "the picture that it is to add its own to has another shape or dtype than is known to be added"
 
 
