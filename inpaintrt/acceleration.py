@@ -192,7 +192,8 @@ def _swap_all(modules: Modules, options: _Options) -> None:
                 raise UnsupportedError(item.name, {item.adapter.name: [why_not]})
             continue
         forget_refusal(module)
-        inside.update(module.modules())
+        if not getattr(item.adapter, "holds", False):
+            inside.update(module.modules())
         swapped += 1
     log.info("%d of %d recognised modules accelerated (see inpaintrt.explain)", swapped, recognised)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from inpaintrt.runtime.swap import Adapter
 
-from . import aotgan, contextual_attention, convolution, gated, glcic, lama, partialconv, stylegan2
+from . import aotgan, contextual_attention, convolution, gated, glcic, lama, migan, partialconv, stylegan2
 
 ADAPTERS: tuple[Adapter, ...] = (
     *lama.ADAPTERS,
@@ -13,6 +13,7 @@ ADAPTERS: tuple[Adapter, ...] = (
     *partialconv.ADAPTERS,
     *contextual_attention.ADAPTERS,
     *gated.ADAPTERS,
+    *migan.ADAPTERS,
     *stylegan2.ADAPTERS,
     *convolution.ADAPTERS,
 )

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -46,8 +46,11 @@ def _key(module: Any, layer: Layer) -> tuple[Any, ...]:
     if layer.affine is not None:
         widths.add(layer.affine.weight.shape[1])
     gains = {layer.weight_gain, *(1 / math.sqrt(n) for n in widths)}
+    bounds = {vars(module)[name] for name in _CLAMPS if isinstance(vars(module).get(name), (int, float))}
 
     def nameless(value: Any) -> Any:
+        if isinstance(value, (int, float)) and not isinstance(value, bool) and value in bounds:
+            return "clamp"
         if isinstance(value, int) and value > _SIDE and value in widths:
             return "width"
         return "gain" if isinstance(value, float) and any(math.isclose(value, g) for g in gains) else value
@@ -118,7 +121,8 @@ class _Trial:
         start = [self.x if x is None else x, *(() if self.style is None else (self.style,))]
         if not given:
             return tuple(start)
-        usual = dict(zip(takes.names[-len(takes.defaults) or None :], takes.defaults, strict=False))
+        required = len(takes.names) - len(takes.defaults)
+        usual: dict[str, Any] = dict(zip(takes.names[required:], takes.defaults, strict=True))
         last = max(takes.names.index(name) for name in given)
         return (*start, *(given.get(name, usual[name]) for name in takes.names[len(start) : last + 1]))
 

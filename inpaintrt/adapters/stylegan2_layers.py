@@ -18,7 +18,7 @@ import inspect
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -61,6 +61,19 @@ class Layer:
         return 1 / math.sqrt(self.weight[0].numel())
 
 
+class Noisy(Protocol):
+    """What is asked of a layer, also of another family's, when its noise is found and its kernel looked for."""
+
+    @property
+    def weight(self) -> Tensor: ...
+    @property
+    def taps(self) -> Tensor | None: ...
+    @property
+    def noise_const(self) -> Tensor | None: ...
+    @property
+    def takes(self) -> Parameters: ...
+
+
 class Parameters(NamedTuple):
     """What a forward is called with: all names in their order, and the defaults of the optional ones."""
 
@@ -96,7 +109,7 @@ def layer_of(module: Any) -> Layer | None:
     parts = dict(module._modules)
     if isinstance(module, nn.Sequential):
         parts = _roles(list(module))
-    conv = module if "weight" in module._parameters else parts.get("conv")
+    conv: Any = module if "weight" in module._parameters else parts.get("conv")
     weight = None if conv is None or isinstance(conv, nn.modules.conv._ConvNd) else conv._parameters.get("weight")
     if weight is None or hasattr(conv, "parametrizations"):
         return None
@@ -198,7 +211,7 @@ def bound_of(module: Any, form: Form) -> float | None:
     return None if bound is None or bound < 0 else float(bound)
 
 
-def kind_of_noise(given: dict[str, Any], layer: Layer) -> str | None:
+def kind_of_noise(given: dict[str, Any], layer: Noisy) -> str | None:
     """How a call asks for noise."""
     if "noise_mode" in layer.takes.names:
         at = layer.takes.names.index("noise_mode") - len(layer.takes.names)
@@ -218,7 +231,7 @@ def styled(module: Any, layer: Layer, form: Form, args: Sequence[Any]) -> Tensor
     y = convolved(
         x, layer.weight, style, demodulate=form.demodulate, eps=form.eps, weight_gain=layer.weight_gain, up=form.up,
         down=form.down, flip_weight=form.flip, resample_filter=scaled(layer.taps, form.taps_gain),
-        noise=_noise(layer, form, x, given), noise_strength=layer.noise_strength, bias=layer.bias if form.biased else None,
+        noise=noise_of(layer, form, x, given), noise_strength=layer.noise_strength, bias=layer.bias if form.biased else None,
         activation=form.activation, gain=gain * default_gain(form.activation), clamp=None if bound is None else bound * gain,
     )  # fmt: skip
     below = _below(layer, given)
@@ -251,7 +264,8 @@ def _style(layer: Layer, vector: Tensor) -> Tensor:
         return layer.affine(vector)  # type: ignore[no-any-return]
 
 
-def _noise(layer: Layer, form: Form, x: Tensor, given: dict[str, Any]) -> Tensor | None:
+def noise_of(layer: Noisy, form: Form, x: Tensor, given: dict[str, Any]) -> Tensor | None:
+    """The plane that a call adds, from where its form has it."""
     source = dict(form.noise)[kind_of_noise(given, layer)]
     if source == GIVEN:
         return given["noise"]  # type: ignore[no-any-return]
@@ -298,9 +312,9 @@ def refuses(module: Any, layer: Layer, form: Form, args: Sequence[Any]) -> Itera
         yield why
     if "gain" in given and not (form.scaled and isinstance(given["gain"], (int, float)) and given["gain"] > 0):
         yield f"called with gain {given['gain']!r}"
-    yield from _refuses_noise(layer, form, x, given)
+    yield from refuses_noise(layer, form, x, given)
     yield from _refuses_below(layer, form, x, given)
-    yield from _refuses_kernel(layer, form, x)
+    yield from refuses_kernel(layer, form, x)
 
 
 def _against_style(layer: Layer, x: Tensor, style: Any) -> str:
@@ -315,7 +329,7 @@ def _against_style(layer: Layer, x: Tensor, style: Any) -> str:
     return f"its style is {what}, not ({len(x)}, {width}) in {x.dtype}"
 
 
-def _refuses_noise(layer: Layer, form: Form, x: Tensor, given: dict[str, Any]) -> Iterator[str]:
+def refuses_noise(layer: Noisy, form: Form, x: Tensor, given: dict[str, Any]) -> Iterator[str]:
     kind = kind_of_noise(given, layer)
     source = dict(form.noise).get(kind)
     size = outputs(form, x)
@@ -346,7 +360,7 @@ def _refuses_below(layer: Layer, form: Form, x: Tensor, given: dict[str, Any]) -
         yield "the picture that it is to add its own to has another shape or dtype than is known to be added"
 
 
-def _refuses_kernel(layer: Layer, form: Form, x: Tensor) -> Iterator[str]:
+def refuses_kernel(layer: Noisy, form: Form, x: Tensor) -> Iterator[str]:
     if torch.compiler.is_compiling():  # a program decides where it runs, inside the op
         return
     if min(x.shape[2:]) < form.down:

@@ -1,6 +1,7 @@
 """MAT's partial convolutions: an equalised convolution whose result is scaled by how much of each window is valid.
 
-$$ u = \\textstyle\\sum_{window} m, \\quad m' = \\min(u, 1), \\quad y = \\frac{k^2}{u + 10^{-8}} \\, m' \\cdot \\mathrm{layer}(x) $$
+$$ u = \\textstyle\\sum_{window} m, \\quad m' = \\min(u, 1), \\quad
+   y = \\frac{k^2}{u + 10^{-8}} \\, m' \\cdot \\mathrm{layer}(x) $$
 
 x is not masked, and the ratio comes after the activation: another layer than NVIDIA's partial convolution, which
 `partial` covers. At the border of a mask of ones the ratio is 9/6 and 9/4.

@@ -38,7 +38,8 @@ class Adapter(Protocol):
     deep: bool
     """A container of many layers, whose rounding error its depth amplifies; `verify` judges its parts."""
     # `named = True`, which is optional: calls by keywords come with these in the places that the original's forward
-    # gives them, omitted ones at their defaults. Without it such calls are the original's.
+    # gives them, omitted ones at their defaults. Without it such calls are the original's. `holds = True`, also optional:
+    # what the module contains is swapped by itself, and called by its fused forward.
 
     def match(self, module: nn.Module) -> str | None:
         """None: can be swapped. "": not this kind of module. Otherwise: of this kind, and why it cannot be swapped."""
