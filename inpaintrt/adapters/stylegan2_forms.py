@@ -116,13 +116,12 @@ class _Trial:
         return _picture(name, *shape).to(self.twin.device, torch.float64)
 
     def args(self, x: Tensor | None = None, **given: Any) -> tuple[Any, ...]:
-        """Arguments by position, up to the last that is given; None for a call that this forward does not have."""
+        """Arguments by position, up to the last that is given."""
         takes = self.layer.takes
         start = [self.x if x is None else x, *(() if self.style is None else (self.style,))]
         if not given:
             return tuple(start)
-        required = len(takes.names) - len(takes.defaults)
-        usual: dict[str, Any] = dict(zip(takes.names[required:], takes.defaults, strict=True))
+        usual = {name: default for name, default in zip(takes.names[::-1], takes.defaults[::-1], strict=False)}
         last = max(takes.names.index(name) for name in given)
         return (*start, *(given.get(name, usual[name]) for name in takes.names[len(start) : last + 1]))
 
