@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from . import stylegan2_partial
 from .stylegan2_forms import form_of
-from .stylegan2_layers import Form, Layer, layer_of, refuses, styled
+from .stylegan2_layers import Form, Layer, layer_of, makes_picture, refuses, styled
 
 
 class StyledAdapter:
@@ -26,7 +26,9 @@ class StyledAdapter:
         if layer is None or not self.covers(layer):
             return ""
         form = form_of(module, layer)
-        return form if isinstance(form, str) else None
+        if isinstance(form, str):
+            return form
+        return "" if makes_picture(layer, form) and not form.skips else None
 
     def covers(self, layer: Layer) -> bool:
         return layer.affine is not None

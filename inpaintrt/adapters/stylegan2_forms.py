@@ -21,7 +21,7 @@ from inpaintrt.runtime.dispatch import launches, numerics_of
 from inpaintrt.testing.compare import close_to_truth
 from inpaintrt.testing.recipe import image
 
-from .stylegan2_layers import DRAWN, GIVEN, HALF, NOTHING, SAME, STORED, TENSOR, Form, Layer, layer_of, styled
+from .stylegan2_layers import DRAWN, GIVEN, HALF, NOTHING, PICTURE, SAME, STORED, TENSOR, Form, Layer, layer_of, styled
 from .trial import Twin, Verdicts, same, settings_of
 
 _SIDE = 8
@@ -42,6 +42,24 @@ def form_of(module: Any, layer: Layer | None) -> Form | str:
 
 
 def _key(module: Any, layer: Layer) -> tuple[Any, ...]:
+    """What a verdict depends on: class and attributes without widths and sizes, and which tensors there are."""
+    held = (layer.bias, layer.taps, layer.affine, layer.noise_strength, layer.noise_const, layer.skip_taps)
+    parts = [part for part in module.modules() if part is not layer.affine]  # which is called as it is
+    asked = (*map(settings_of, parts), layer.weight.shape, tuple(None if part is None else 0 for part in held))
+    if layer.affine is not None:
+        asked = (*asked, layer.affine.weight.shape)
+    if layer.noise_const is not None:
+        asked = (*asked, layer.noise_const.shape)
+    found = _keys.get(asked)
+    if found is None:
+        found = _keys[asked] = _nameless(module, layer, asked)
+    return found
+
+
+_keys: dict[tuple[Any, ...], tuple[Any, ...]] = {}
+
+
+def _nameless(module: Any, layer: Layer, asked: tuple[Any, ...]) -> tuple[Any, ...]:
     widths = {*layer.weight.shape[:2], *((layer.noise_const.shape[-1],) if layer.noise_const is not None else ())}
     if layer.affine is not None:
         widths.add(layer.affine.weight.shape[1])
@@ -55,10 +73,9 @@ def _key(module: Any, layer: Layer) -> tuple[Any, ...]:
             return "width"
         return "gain" if isinstance(value, float) and any(math.isclose(value, g) for g in gains) else value
 
-    settings = tuple(tuple(map(nameless, settings_of(part))) for part in module.modules())
-    held = (layer.bias, layer.taps, layer.affine, layer.noise_strength, layer.noise_const, layer.skip_taps)
+    settings = tuple(tuple(map(nameless, part)) for part in asked if not isinstance(part, torch.Size))
     shape = layer.weight.shape
-    return (settings, tuple(part is None for part in held), shape[2], shape[0] == 3, [*module._modules] == ["blur"])
+    return (settings, shape[2], shape[0] <= PICTURE, [*module._modules] == ["blur"])
 
 
 class _SmallTwin(Twin):
@@ -121,7 +138,7 @@ class _Trial:
         start = [self.x if x is None else x, *(() if self.style is None else (self.style,))]
         if not given:
             return tuple(start)
-        usual = {name: default for name, default in zip(takes.names[::-1], takes.defaults[::-1], strict=False)}
+        usual = dict(zip(takes.names[::-1], takes.defaults[::-1], strict=False))
         last = max(takes.names.index(name) for name in given)
         return (*start, *(given.get(name, usual[name]) for name in takes.names[len(start) : last + 1]))
 

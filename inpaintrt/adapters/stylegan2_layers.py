@@ -14,6 +14,7 @@ filter is made for an image, and nothing between the convolution and the clamp i
 
 from __future__ import annotations
 
+import functools
 import inspect
 import math
 from collections.abc import Iterator, Sequence
@@ -21,12 +22,14 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from inpaintrt import ops
-from inpaintrt.ops.modulated_conv2d import default_gain
+from inpaintrt.ops.modulated_conv2d import LARGEST_FILTER, default_gain
 from inpaintrt.runtime import registry
 from inpaintrt.runtime.library import dispatchers
+from inpaintrt.runtime.swap import is_insistent
 
 from . import engine
 from .convolution import class_of
@@ -36,6 +39,8 @@ from .ffc import refuses_tensor
 
 _AFFINE = ("affine", "modulation")
 _LARGEST_KERNEL = 7
+PICTURE = 4
+"""Channels of a picture: at most, where a layer makes one."""
 
 
 @dataclass(frozen=True)
@@ -228,18 +233,39 @@ def styled(module: Any, layer: Layer, form: Form, args: Sequence[Any]) -> Tensor
     x, gain = args[0], float(given.get("gain", 1.0))
     style = x.new_ones(len(x), x.shape[1]) if layer.affine is None else _style(layer, args[1])
     bound = bound_of(module, form)
-    y = convolved(
-        x, layer.weight, style, demodulate=form.demodulate, eps=form.eps, weight_gain=layer.weight_gain, up=form.up,
-        down=form.down, flip_weight=form.flip, resample_filter=scaled(layer.taps, form.taps_gain),
-        noise=noise_of(layer, form, x, given), noise_strength=layer.noise_strength, bias=layer.bias if form.biased else None,
-        activation=form.activation, gain=gain * default_gain(form.activation), clamp=None if bound is None else bound * gain,
-    )  # fmt: skip
+    if makes_picture(layer, form):
+        y = _picture(layer, form, x, style, None if bound is None else bound * gain, gain)
+    else:
+        y = convolved(
+            x, layer.weight, style, demodulate=form.demodulate, eps=form.eps, weight_gain=layer.weight_gain, up=form.up,
+            down=form.down, flip_weight=form.flip, resample_filter=scaled(layer.taps, form.taps_gain),
+            noise=noise_of(layer, form, x, given), noise_strength=layer.noise_strength,
+            bias=layer.bias if form.biased else None, activation=form.activation,
+            gain=gain * default_gain(form.activation), clamp=None if bound is None else bound * gain,
+        )  # fmt: skip
     below = _below(layer, given)
     if below is None:
         return y
     if below.shape != y.shape:
         below = ops.upfirdn2d(below, layer.skip_taps, up=2, padding=(2, 1, 2, 1), gain=4 * form.taps_gain)
     return y + below
+
+
+def makes_picture(layer: Layer, form: Form) -> bool:
+    """A pointwise convolution with so few outputs that torch's is the faster one, with nothing around it to fuse."""
+    small = layer.affine is not None and layer.weight.shape[0] <= PICTURE and layer.weight.shape[2] == 1
+    plain = not form.demodulate and form.activation == "none" and form.up == form.down == 1
+    return small and plain and not any(source in (GIVEN, STORED, DRAWN) for _, source in form.noise)
+
+
+def _picture(layer: Layer, form: Form, x: Tensor, style: Tensor, bound: float | None, gain: float) -> Tensor:
+    images, outputs = len(x), len(layer.weight)
+    filters = layer.weight * (gain * layer.weight_gain * style)[:, None, :, None, None]
+    y = F.conv2d(x.reshape(1, -1, *x.shape[2:]), filters.flatten(0, 1), groups=images)
+    y = y.reshape(images, outputs, *x.shape[2:])
+    if form.biased:
+        y = y + (gain * layer.bias).view(-1, 1, 1)  # type: ignore[operator]
+    return y if bound is None else y.clamp(-bound, bound)
 
 
 def convolved(x: Tensor, weight: Tensor, style: Tensor, *, noise: Tensor | None, **options: Any) -> Tensor:
@@ -314,7 +340,8 @@ def refuses(module: Any, layer: Layer, form: Form, args: Sequence[Any]) -> Itera
         yield f"called with gain {given['gain']!r}"
     yield from refuses_noise(layer, form, x, given)
     yield from _refuses_below(layer, form, x, given)
-    yield from refuses_kernel(layer, form, x)
+    if not makes_picture(layer, form):
+        yield from refuses_kernel(layer, form, x)
 
 
 def _against_style(layer: Layer, x: Tensor, style: Any) -> str:
@@ -361,15 +388,40 @@ def _refuses_below(layer: Layer, form: Form, x: Tensor, given: dict[str, Any]) -
 
 
 def refuses_kernel(layer: Noisy, form: Form, x: Tensor) -> Iterator[str]:
+    """Against a call for which no backend has a kernel, or torch is faster."""
     if torch.compiler.is_compiling():  # a program decides where it runs, inside the op
         return
     if min(x.shape[2:]) < form.down:
         yield f"the input of {tuple(x.shape[2:])} is too small to be halved"
         return
-    args = registry.get("modulated_conv2d").bind(
-        x=x, weight=layer.weight, style=x[:, :, 0, 0], up=form.up, down=form.down, padding=layer.weight.shape[3] // 2,
-        resample_filter=None if form.up == form.down else layer.taps,
-    )  # fmt: skip
-    reasons = dispatchers["modulated_conv2d"].reasons(args, x)
+    if layer.taps is not None and max(layer.taps.shape) > LARGEST_FILTER:
+        yield f"its filter has more than {LARGEST_FILTER} taps"
+    reasons = dispatchers["modulated_conv2d"].reasons(_any_call(), x)
     if all(sentences for sentences in reasons.values()):
         yield "; ".join(f"{name}: {sentences[0]}" for name, sentences in reasons.items()) or "there is no backend"
+    if why := why_slower(layer, form, x):
+        yield why
+
+
+@functools.cache
+def _any_call() -> Any:
+    """Arguments of the op that every kernel takes, so that device and dtype are what is asked about."""
+    one = torch.ones(1, 1, 1, 1)
+    return registry.get("modulated_conv2d").bind(x=one, weight=one, style=one[0, 0], padding=0)
+
+
+# Where the op was not faster than the originals on one core with AVX-512; whoever makes it so removes the line.
+_WORK = 2e6
+"""Products, below which a call's fixed costs outweigh the rest."""
+
+
+def why_slower(layer: Noisy, form: Form, x: Tensor) -> str:
+    """Why the original is expected to be faster at this call on a CPU; empty where it is not, and for comparisons."""
+    if x.device.type != "cpu" or is_insistent():
+        return ""
+    pixels = len(x) * math.prod(n // form.down for n in x.shape[2:])
+    if pixels * layer.weight.numel() < _WORK:
+        return (
+            f"torch is faster at {tuple(layer.weight.shape[:2])[::-1]} channels on so small an input, {tuple(x.shape)}"
+        )
+    return ""
