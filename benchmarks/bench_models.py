@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -29,7 +30,7 @@ class Case:
     """A network and what it is measured on.
 
     make: the network. size: height and width. rounds: None = what the time budget allows. group: of geometric means.
-    tolerance: relative RMS allowed to ours in float32.
+    tolerance: relative RMS allowed to ours in float32. smoke: the network of a smoke run, where one has a single size.
     """
 
     make: Callable[[], nn.Module]
@@ -37,6 +38,7 @@ class Case:
     rounds: int | None = 4
     group: str = ""
     tolerance: float = 2e-5
+    smoke: Callable[[], nn.Module] | None = None
 
 
 def lama_mini() -> nn.Module:
@@ -55,6 +57,31 @@ def with_recipe_weights(name: str) -> Callable[[], nn.Module]:
     return make
 
 
+class Drawn(nn.Module):
+    """A network with its random vector drawn once, so that two of its calls can be compared."""
+
+    def __init__(self, network: Any) -> None:
+        super().__init__()
+        self.network, self.network_input = network, network.network_input
+        self.register_buffer("z", 2 * recipe.image("z", 1, network.z_length) - 1)
+
+    def forward(self, x: Tensor) -> Any:
+        return self.network(x, z=self.z)
+
+
+def comodgan(size: int = 512) -> nn.Module:
+    """With stored noise: what is drawn could not be compared."""
+    return Drawn(recipe.fill(models.create("comodgan", port="migan", size=size)))
+
+
+def migan(size: int = 512) -> nn.Module:
+    """Recipe weights, but filters of changes of size as they are: they are parameters there."""
+    network = models.create("migan", size=size)
+    filters = {name: t.clone() for name, t in network.state_dict().items() if name.endswith("filter.weight")}
+    recipe.fill(network).load_state_dict(filters, strict=False)
+    return network
+
+
 BIG_LAMA = {
     "big_lama": Case(big_lama, (512, 512), group="big_lama"),
     "big_lama_256": Case(big_lama, (256, 256), group="big_lama"),
@@ -68,6 +95,11 @@ CASES |= {
 }
 # Its gates are normalised over the image, which amplifies rounding: torch's own channels-last result is 4e-5 away.
 CASES["aotgan"] = Case(with_recipe_weights("aotgan"), (512, 512), group="aotgan", tolerance=1e-4)
+
+CASES |= {
+    make.__name__: Case(make, (512, 512), group=make.__name__, smoke=functools.partial(make, SMOKE[0]))
+    for make in (comodgan, migan)
+}
 
 
 def masked_photo(model: Any, height: int, width: int) -> tuple[Tensor, ...]:
@@ -107,7 +139,7 @@ def once(versus: Any, name: str) -> Case:
 @torch.no_grad()
 def test_model(versus, device, baselines, peers, wanted_peers, ported, name):
     case = once(versus, name)
-    original = case.make().eval().to(device)
+    original = ((versus.smoke and case.smoke) or case.make)().eval().to(device)
     accelerated = inpaintrt.accelerate(copy.deepcopy(original))
     inputs = tuple(t.to(device) for t in masked_photo(original, *(SMOKE if versus.smoke else case.size)))
     candidates = {"eager": lambda: plain(lambda: original(*inputs)), "inpaintrt": lambda: accelerated(*inputs)}
@@ -116,6 +148,14 @@ def test_model(versus, device, baselines, peers, wanted_peers, ported, name):
         as_ported = baselines.with_mask_convolutions(original)
         eager = ["eager as ported"]
         candidates["eager as ported"] = lambda: [output[:, :3] for output in as_ported(*inputs)]
+    if name == "comodgan":  # our reference filters each channel as an image of its own, which no port does
+        eager = ["eager as ported"]
+
+        def with_depthwise_filters() -> Tensor:
+            with baselines.depthwise_filters():
+                return plain(lambda: original(*inputs))  # type: ignore[no-any-return]
+
+        candidates["eager as ported"] = with_depthwise_filters
     builders = {"compile": lambda network, given: versus.compiled(network, *given, freezing=device.type == "cpu")}
     if device.type == "cpu":
         builders |= peers.PEERS

@@ -21,7 +21,21 @@ from inpaintrt.runtime.dispatch import launches, numerics_of
 from inpaintrt.testing.compare import close_to_truth
 from inpaintrt.testing.recipe import image
 
-from .stylegan2_layers import DRAWN, GIVEN, HALF, NOTHING, PICTURE, SAME, STORED, TENSOR, Form, Layer, layer_of, styled
+from .stylegan2_layers import (
+    BELOW,
+    DRAWN,
+    GIVEN,
+    HALF,
+    NOTHING,
+    PICTURE,
+    SAME,
+    STORED,
+    TENSOR,
+    Form,
+    Layer,
+    layer_of,
+    styled,
+)
 from .trial import Twin, Verdicts, same, settings_of
 
 _SIDE = 8
@@ -138,7 +152,7 @@ class _Trial:
         start = [self.x if x is None else x, *(() if self.style is None else (self.style,))]
         if not given:
             return tuple(start)
-        usual = dict(zip(takes.names[::-1], takes.defaults[::-1], strict=False))
+        usual: dict[str, Any] = dict(zip(takes.names[::-1], takes.defaults[::-1], strict=False))
         last = max(takes.names.index(name) for name in given)
         return (*start, *(given.get(name, usual[name]) for name in takes.names[len(start) : last + 1]))
 
@@ -222,10 +236,10 @@ class _Trial:
             scaled = dataclasses.replace(form, scaled=True)
             if all(self.agrees(scaled, self.original(**quiet, **run), **quiet, **run) for run in runs):
                 form = scaled
-        below = next((name for name in ("skip", "below") if name in names), None)
-        for kind, share in ((SAME, 1), (HALF, 2)) if below else ():
-            size = [n // share for n in self.x.shape[2:]]
-            picture = {below: self._made("below", 2, len(self.layer.weight), *size), **quiet}
+        name = next((name for name in BELOW if name in names), None)
+        for kind, share in ((SAME, 1), (HALF, 2)) if name else ():
+            below = self._made("below", 2, len(self.layer.weight), *(n // share for n in self.x.shape[2:]))
+            picture: dict[str, Any] = {str(name): below, **quiet}
             if kind == HALF and self.layer.skip_taps is None:
                 continue
             if self.agrees(form, self.original(**picture), **picture):

@@ -263,8 +263,8 @@ def _picture(layer: Layer, form: Form, x: Tensor, style: Tensor, bound: float | 
     filters = layer.weight * (gain * layer.weight_gain * style)[:, None, :, None, None]
     y = F.conv2d(x.reshape(1, -1, *x.shape[2:]), filters.flatten(0, 1), groups=images)
     y = y.reshape(images, outputs, *x.shape[2:])
-    if form.biased:
-        y = y + (gain * layer.bias).view(-1, 1, 1)  # type: ignore[operator]
+    if form.biased and layer.bias is not None:
+        y = y + gain * layer.bias.view(-1, 1, 1)
     return y if bound is None else y.clamp(-bound, bound)
 
 
@@ -307,16 +307,16 @@ def outputs(form: Form, x: Tensor) -> list[int]:
     return [n * form.up // form.down for n in x.shape[2:]]
 
 
-_BELOW = ("skip", "below")
+BELOW = ("skip", "below")
 
 
 def _below(layer: Layer, given: dict[str, Any]) -> Tensor | None:
-    return next((given[name] for name in _BELOW if given.get(name) is not None), None)
+    return next((given[name] for name in BELOW if given.get(name) is not None), None)
 
 
 # ---- what is refused ------------------------------------------------------------------------------------------------
 
-_KNOWN = frozenset(("noise_mode", "noise", "fused_modconv", "gain", *_BELOW))
+_KNOWN = frozenset(("noise_mode", "noise", "fused_modconv", "gain", *BELOW))
 """Parameters of forwards, besides the image and the style, of which it is known what they mean."""
 
 
