@@ -15,9 +15,10 @@ from .adapters.torchscript import NAME as TORCHSCRIPT
 from .recognition import recognise, refusal
 from .report import Report
 from .runtime import dispatch
-from .runtime.swap import record_of, why_original
+from .runtime.swap import arranged, record_of, why_original
 
 _Launch = tuple[str, str, str]  # op, backend, algorithm
+_Call = tuple[tuple[Any, ...], dict[str, Any]]  # what `why_original` takes
 COLUMNS = ("module", "class", "adapter", "op", "backend", "algorithm", "why not")
 
 
@@ -34,7 +35,7 @@ def explain(model: Any, *example: Any) -> Report:
     Returns: a `Report`; columns module, class, adapter, op, backend, algorithm, "why not".
     """
     modules = list(holders.named_modules(model))
-    calls: dict[nn.Module, tuple[Any, ...]] = {}
+    calls: dict[nn.Module, _Call] = {}
     launched: dict[nn.Module, list[_Launch]] = {}
     if example:
         _run_traced(model, modules, example, calls, launched)
@@ -44,7 +45,7 @@ def explain(model: Any, *example: Any) -> Report:
         if record is not None:
             why = "the model is in training mode" if module.training else ""
             if example:
-                why = why_original(module, calls[module], {}) if module in calls else "not called with this example"
+                why = why_original(module, *calls[module]) if module in calls else "not called with this example"
             ran = launched.get(module, [])
             ops = [op for op, _, _ in ran] or list(record.adapter.ops)
             backends = [backend for _, backend, _ in ran] or ["torch"]
@@ -119,7 +120,7 @@ def _run_traced(
     model: Any,
     modules: list[tuple[str, nn.Module]],
     example: tuple[Any, ...],
-    calls: dict[nn.Module, tuple[Any, ...]],
+    calls: dict[nn.Module, _Call],
     launched: dict[nn.Module, list[_Launch]],
 ) -> None:
     """Run once; note the arguments of swapped modules and the ops launched inside each."""
@@ -129,8 +130,8 @@ def _run_traced(
         if active:
             launched.setdefault(active[-1], []).append((op, backend, dispatch.algorithm(op, backend, args)))
 
-    def enter(module: nn.Module, args: tuple[Any, ...]) -> None:
-        calls[module] = args
+    def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        calls[module] = arranged(module, args, kwargs)
         active.append(module)
 
     def leave(module: nn.Module, args: Any, output: Any) -> None:
@@ -139,7 +140,8 @@ def _run_traced(
     handles = []
     for _, module in modules:
         if record_of(module) is not None:
-            handles += [module.register_forward_pre_hook(enter), module.register_forward_hook(leave)]
+            enters = module.register_forward_pre_hook(enter, with_kwargs=True)
+            handles += [enters, module.register_forward_hook(leave)]
     dispatch.observers.append(listen)
     try:
         with torch.no_grad():

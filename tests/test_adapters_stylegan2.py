@@ -11,6 +11,8 @@ from torch import nn
 
 import inpaintrt as irt
 from inpaintrt import models
+from inpaintrt.adapters import stylegan2 as adapters
+from inpaintrt.adapters import stylegan2_layers as stylegan2_adapters
 from inpaintrt.models import mat_layers, migan, stylegan2_layers
 from inpaintrt.runtime.dispatch import launches, numerics_of
 from inpaintrt.runtime.swap import insistent, record_of, why_original
@@ -333,15 +335,23 @@ def test_autocast_is_the_originals():
         _assert_original(layer, "autocast", x, _style(), "const")
 
 
-def test_bf16_is_within_its_rounding():
-    layer = _filled(NVIDIAS["up"]())
-    irt.accelerate(layer, precision="bf16")
-    x = _x(9)
-    with irt.disabled():
-        truth = _run(layer, x, _style(), noise_mode="const")
-    got = _run(layer, x, _style(), noise_mode="const")
-    assert got.dtype == torch.float32
-    assert (got - truth).norm() < 0.02 * truth.norm()
+@pytest.mark.parametrize(
+    ("build", "args"),
+    [
+        (NVIDIAS["up"], (_x(9), _style(), "const")),
+        (lambda: foreign.Conv2dLayerPartial(9, 11), (_x(9), torch.ones(2, 1, 12, 12))),
+        (lambda: foreign.SeparableConv2d(9, 11, down=2), (_x(9),)),
+        (lambda: foreign.ToRGB(9, 3, W), (_x(9), _style(), _x(3, 6))),
+    ],
+)
+def test_bf16_changes_nothing(build, args):
+    layer = _accelerated(_filled(build()))
+    with launches() as heard, insistent():
+        expected = _run(layer, *args)
+        irt.accelerate(layer, precision="bf16")
+        got = _run(layer, *args)
+    assert len(heard) == 2
+    assert all(map(torch.equal, _flat(got), _flat(expected)))
 
 
 class Squared(foreign.SynthesisLayer):
@@ -383,6 +393,34 @@ def test_a_class_is_tried_once_for_all_widths(monkeypatch):
     for channels, side in ((16, 32), (32, 64), (20, 16)):
         _accelerated(_filled(foreign.SynthesisLayer(channels, channels, W + 5, side)))
     assert len(tried) == 1
+
+
+class Block(nn.Module):
+    """Calls its layers by keywords, as blocks of these networks do."""
+
+    def __init__(self, noise_mode):
+        super().__init__()
+        self.conv0 = foreign.SynthesisLayer(9, 11, W, 64, up=2)
+        self.conv1 = foreign.SynthesisLayer(11, 9, W, 64)
+        self.noise_mode = noise_mode
+
+    def forward(self, x, w):
+        x = self.conv0(x, w, fused_modconv=True, noise_mode=self.noise_mode)
+        return self.conv1(x, w=w, gain=0.5**0.5, noise_mode=self.noise_mode, fused_modconv=True)
+
+
+@pytest.mark.parametrize("mode", ["const", "random"])
+def test_calls_by_keywords_are_explained_and_verified(mode, monkeypatch):
+    block = irt.accelerate(_filled(Block(mode)))
+    example = _x(9, 32), _style()
+    with insistent():
+        rows = irt.explain(block, *example).rows
+        report = irt.verify(block, *example)
+        monkeypatch.setattr(adapters, "styled", lambda *args: 1.5 * stylegan2_adapters.styled(*args))
+        wrong = irt.verify(block, *example)
+    assert [(row["op"], row["backend"], row["why not"]) for row in rows] == [(["modulated_conv2d"], ["cpu"], None)] * 2
+    assert report.ok, str(report)
+    assert not wrong.ok
 
 
 # ---- MI-GAN ---------------------------------------------------------------------------------------------------------

@@ -256,7 +256,8 @@ class SeparableAdapter:
         form = form_of(module, layer)
         if layer is None or isinstance(form, str):
             raise RuntimeError(f"the module was changed after it was accelerated: {form or 'another structure'}")
-        return separated(module, layer, form, args)
+        with torch.autocast(args[0].device.type, enabled=False):
+            return separated(module, layer, form, args)
 
     def refuses(self, module: Any, *args: Any) -> Iterator[str]:
         layer = layer_of(module)
@@ -324,7 +325,7 @@ class GeneratorAdapter:
 
     def forward(self, module: Any, x: Tensor, *args: Any) -> Tensor:
         kind: Any = class_of(module)
-        with torch.autocast(x.device.type, enabled=False):  # which precision="bf16" means for each layer by itself
+        with torch.autocast(x.device.type, enabled=False):  # also with precision="bf16", as in its layers
             return kind.forward(module, x.contiguous(memory_format=torch.channels_last), *args).contiguous()  # type: ignore[no-any-return]
 
     def refuses(self, module: Any, *args: Any) -> Iterator[str]:

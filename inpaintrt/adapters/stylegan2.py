@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from . import stylegan2_partial
@@ -34,7 +35,8 @@ class StyledAdapter:
         return layer.affine is not None
 
     def forward(self, module: Any, *args: Any) -> Tensor:
-        return styled(module, *_read(module), args)
+        with torch.autocast(args[0].device.type, enabled=False):
+            return styled(module, *_read(module), args)
 
     def refuses(self, module: Any, *args: Any) -> Iterator[str]:
         layer = layer_of(module)

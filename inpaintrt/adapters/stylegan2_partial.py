@@ -43,7 +43,7 @@ def masked(conv: Any, layer: Layer, form: Form, x: Tensor, mask: Tensor | None) 
     if mask is None:
         return y, None
     kernel = layer.weight.shape[-1]
-    with torch.no_grad(), torch.autocast(mask.device.type, enabled=False):
+    with torch.no_grad():
         total = F.conv2d(mask, mask.new_ones(1, 1, kernel, kernel), None, form.down, kernel // 2)
         valid = total.clamp(0, 1)
         ratio = (kernel * kernel / (total + _EPS) * valid).to(y.dtype)
@@ -113,7 +113,8 @@ class PartialAdapter:
         form = form_of(conv, layer)
         if layer is None or isinstance(form, str):
             raise RuntimeError(f"the module was changed after it was accelerated: {form or 'another structure'}")
-        return masked(conv, layer, form, x, mask)
+        with torch.autocast(x.device.type, enabled=False):
+            return masked(conv, layer, form, x, mask)
 
     def refuses(self, module: Any, *args: Any) -> Iterator[str]:
         conv = conv_of(module)

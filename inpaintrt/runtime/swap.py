@@ -170,18 +170,32 @@ def _tf32_allowed(args: tuple[Any, ...]) -> bool:
     return "tf32" in (cudnn.conv.fp32_precision, torch.backends.cuda.matmul.fp32_precision)
 
 
-def by_position(
-    args: tuple[Any, ...], kwargs: dict[str, Any], names: list[str], defaults: dict[str, Any]
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """A call with those of its keywords in their places that have one, and the others."""
-    placed, left = list(args), dict(kwargs)
+def arranged(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """A call of a swapped module as `why_original` takes it: without keywords that say no more than the defaults, and,
+    for adapters that are `named`, with the others in the places that the original's forward gives them, if it does."""
+    record = record_of(module)
+    if not kwargs or record is None:
+        return args, kwargs
+    names, defaults = type(module).__inpaintrt_parameters__  # type: ignore[attr-defined]
+    left = {name: value for name, value in kwargs.items() if value is not defaults.get(name, module)}
+    if not getattr(record.adapter, "named", False):
+        return args, left
+    placed = list(args)
     for name in names[len(args) :]:
-        if not left.keys() & set(names):
+        if left.keys().isdisjoint(names):
             break
-        if name not in left and defaults[name] is inspect.Parameter.empty:
-            return args, kwargs
-        placed.append(left.pop(name, defaults[name]))
+        if name not in kwargs and defaults[name] is inspect.Parameter.empty:
+            return args, left
+        placed.append(kwargs.get(name, defaults[name]))
+        left.pop(name, None)
     return tuple(placed), left
+
+
+def _parameters(original: Any) -> tuple[list[str], dict[str, Any]]:
+    """Names of a forward's positional parameters, and the defaults of all (`empty` where there is none)."""
+    parameters = list(inspect.signature(original.forward).parameters.values())[1:]
+    names = [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
+    return names, {p.name: p.default for p in parameters}
 
 
 def _run(module: Any, args: tuple[Any, ...]) -> Any:
@@ -237,18 +251,10 @@ def _cast(result: Any, dtype: torch.dtype) -> Any:
 
 @functools.cache
 def _subclass(original: type[nn.Module]) -> type[nn.Module]:
-    parameters = inspect.signature(original.forward).parameters
-    defaults = {name: p.default for name, p in parameters.items()}
-    names = [name for name, p in parameters.items() if p.kind is p.POSITIONAL_OR_KEYWORD][1:]
-
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         # A slice of a Sequential is made by its class, so it has the class but was never swapped.
-        telling = {name: value for name, value in kwargs.items() if value is not defaults.get(name, self)}
-        record = record_of(self)
-        placed, left = args, telling
-        if telling and record is not None and getattr(record.adapter, "named", False):
-            placed, left = by_position(args, telling, names, defaults)
-        if record is None or why_original(self, placed, left):
+        placed, left = arranged(self, args, kwargs)
+        if record_of(self) is None or why_original(self, placed, left):
             return original.forward(self, *args, **kwargs)
         return _run(self, placed)
 
@@ -281,6 +287,7 @@ def _subclass(original: type[nn.Module]) -> type[nn.Module]:
             "__qualname__": original.__qualname__,
             "__doc__": original.__doc__,
             "__inpaintrt_original__": original,
+            "__inpaintrt_parameters__": _parameters(original),
         },
     )
     return cls
