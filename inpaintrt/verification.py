@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from .adapters import ADAPTERS
 from .adapters.convolution import GENERIC
@@ -164,7 +165,7 @@ def _original(module: nn.Module, args: tuple[Any, ...]) -> tuple[list[Tensor], l
         wide = copy.deepcopy(module).double()
         with _seeded():
             expected = flat_tensors(module(*_clone(args)))
-        with _default_double(), _seeded():
+        with _default_double(), _seeded(), _SingleNoise():
             truth = flat_tensors(wide(*in_double(_clone(args))))
     return expected, truth
 
@@ -180,9 +181,21 @@ def _kept(module: nn.Module) -> Iterator[None]:
             tensor.data.copy_(value)
 
 
+class _SingleNoise(TorchFunctionMode):
+    """Within this context modules in float64 draw the normal numbers that they draw in float32."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.randn and kwargs.get("dtype") is None:
+            return func(*args, **kwargs, dtype=torch.float32).double()
+        if func is Tensor.normal_ and args[0].dtype == torch.float64:
+            return args[0].copy_(torch.empty_like(args[0], dtype=torch.float32).normal_(*args[1:], **kwargs))
+        return func(*args, **kwargs)
+
+
 @contextlib.contextmanager
 def _seeded() -> Iterator[None]:
-    """All runs in one dtype draw the same noise; in another dtype it is other noise, which then is both errors."""
+    """All runs of a part draw the same noise."""
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(0)
         yield
