@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import pickle
 
 import pytest
@@ -17,9 +18,11 @@ from inpaintrt.models import mat_layers, migan, stylegan2_layers
 from inpaintrt.runtime.dispatch import launches, numerics_of
 from inpaintrt.runtime.swap import insistent, record_of, why_original
 from inpaintrt.testing import assert_close_to_truth, recipe
+from inpaintrt.testing.compare import WINOGRAD
 
 from . import foreign_stylegan2 as foreign
 from . import golden_style as golden
+from . import test_comodgan, test_mat, test_migan
 
 W = 10
 """The width of style vectors."""
@@ -510,7 +513,7 @@ SMALL = {"size": 16, "channels": 128, "most_channels": 8, "z": 12, "w": 10, "hid
 @pytest.mark.parametrize("truncation", [1.0, 0.5])
 @pytest.mark.parametrize("noise", [None, "none", "random"])
 @pytest.mark.parametrize("port", ["official", "zyu", "migan"])
-def test_comodgan(port, noise, truncation):
+def test_comodgans(port, noise, truncation):
     network = recipe.fill(models.create("comodgan", port=port, **SMALL)).eval()
     given = {"z": recipe.image("z", 2, 12) * 2 - 1, "noise": noise, "truncation": truncation, "mean": torch.ones(1, 10)}
     expected = _run(network, _x(4, 16), **given)
@@ -546,3 +549,27 @@ def test_golden_layers_of_the_ports(run):
     with irt.disabled():
         wide = _run(copy.deepcopy(layer).double(), *_wide(args))
     golden.assert_golden("modulated_conv", f"{run}.out", out, wide)
+
+
+GOLDEN = {
+    "comodgan": lambda: test_comodgan.test_golden("comodgan_small", "a"),
+    "comodgan, MI-GAN's port": lambda: test_comodgan.test_golden_of_migan_s_port("const"),
+    "migan": lambda: test_migan.test_golden("migan_small"),
+    "MAT's doubling layer": lambda: test_mat.test_modulated_convolutions("style_up_const"),
+    "MAT's halving layer": lambda: test_mat.test_modulated_convolutions("conv_down"),
+    "MAT's partial convolution": lambda: test_mat.test_partial_convolutions("out_k3_down_hole"),
+}
+
+
+@pytest.mark.parametrize("name", GOLDEN)
+def test_golden_cases_pass_accelerated(name, monkeypatch):
+    """The tests of our networks and layers against the public implementations' numbers, with what they make accelerated."""
+    create, filled = models.create, test_mat._filled
+    monkeypatch.setattr(models, "create", lambda *args, **kwargs: irt.accelerate(create(*args, **kwargs)))
+    monkeypatch.setattr(test_mat, "_filled", lambda *args: irt.accelerate(filled(*args)))
+    for module in (golden, test_mat):
+        by_winograds_bound = functools.partial(assert_close_to_truth, numerics=WINOGRAD)
+        monkeypatch.setattr(module, "assert_close_to_truth", by_winograds_bound)
+    with launches() as heard, insistent():
+        GOLDEN[name]()
+    assert {(launch.op, launch.backend) for launch in heard} >= {("modulated_conv2d", "cpu")}
