@@ -66,7 +66,8 @@ def explain(model: Any, *example: Any) -> Report:
 
 def _notes(modules: list[tuple[str, nn.Module]], recognised: bool) -> list[str]:
     records = {module: record for _, module in modules if (record := record_of(module)) is not None}
-    covered = {id(p) for module in records for p in module.parameters()}
+    whole = [module for module, record in records.items() if not getattr(record.adapter, "holds", False)]
+    covered = {id(p) for module in whole for p in module.parameters()}
     own = [p for _, module in modules for p in module.parameters(recurse=_is_script(module))]
     parameters = {id(p): p.numel() for p in own if not nn.parameter.is_lazy(p)}
     total = sum(parameters.values())

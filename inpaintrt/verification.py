@@ -94,6 +94,8 @@ def _parts(model: nn.Module) -> Iterator[_Part]:
             continue
         if record.adapter.deep:
             containers.append(_Part(path, record.adapter.name, True, module, module))
+            if getattr(record.adapter, "holds", False):
+                continue  # what it contains is swapped by itself
             yield from {id(piece.original): piece for piece in _pieces(path, module, record)}.values()
         else:
             yield _Part(path, record.adapter.name, False, module, module)

@@ -426,6 +426,18 @@ def test_calls_by_keywords_are_explained_and_verified(mode, monkeypatch):
     assert not wrong.ok
 
 
+def test_compiled():
+    block = irt.accelerate(_filled(Block("const")))
+    with torch.no_grad():
+        got = torch.compile(block, backend="eager", fullgraph=True)(_x(9, 32), _style())
+        assert torch.equal(got, _fused(block))
+
+
+def _fused(block):
+    with insistent():
+        return block(_x(9, 32), _style())
+
+
 # ---- MI-GAN ---------------------------------------------------------------------------------------------------------
 
 SEPARABLES = {
@@ -484,6 +496,11 @@ def test_migans_generator(build):
     assert got.stride() == expected.stride()
     assert_close_to_truth(got, truth, expected, numerics=numerics_of(heard), context="migan")
     assert "channels-last already" in why_original(network, (x.contiguous(memory_format=torch.channels_last),), {})
+    with insistent():
+        report = irt.verify(network, x)
+    assert report.ok, str(report)
+    assert len(report.rows) == len(layers) + 1
+    assert "100.0%" not in irt.explain(network).notes[0]  # some are of torch's layers
     irt.restore(network)
     with torch.no_grad():
         assert torch.equal(network(x), expected)

@@ -182,7 +182,7 @@ def arranged(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tupl
         return args, left
     placed = list(args)
     for name in names[len(args) :]:
-        if left.keys().isdisjoint(names):
+        if not any(key in names for key in left):
             break
         if name not in kwargs and defaults[name] is inspect.Parameter.empty:
             return args, left
