@@ -168,6 +168,43 @@ def test_model(versus, device, baselines, peers, wanted_peers, ported, name):
     )  # fmt: skip
 
 
+MAT_HOLES = ("box 15 %", "strokes 20 %", "box 60 %")
+
+
+def mat_hole(kind: str, side: int) -> Tensor:
+    """(1, 1, side, side), 1 = hole: a box off the centre, or slanted strokes over the whole image."""
+    share, mask = int(kind.split()[1]) / 100, torch.zeros(1, 1, side, side)
+    if kind.startswith("strokes"):
+        y, x = torch.arange(side)[:, None], torch.arange(side)
+        return ((x + 2 * y) % (side // 2) < share * (side // 2)).float().expand_as(mask).contiguous()
+    edge = round(side * share**0.5)
+    mask[..., (side - edge) // 3 :, (side - edge) // 2 :][..., :edge, :edge] = 1
+    return mask
+
+
+@pytest.mark.parametrize("hole", MAT_HOLES)
+@torch.no_grad()
+def test_mat(versus, device, hole):
+    """MAT at 512 px, whose work depends on the hole where the caller composites. All draws come from one seed."""
+    side = 128 if versus.smoke else 512
+    original = recipe.fill(models.create("mat", resolution=side)).eval().to(device)
+    everywhere = inpaintrt.accelerate(copy.deepcopy(original))
+    composited = inpaintrt.accelerate(copy.deepcopy(original), composited=True)
+    image, mask = recipe.image("photo", 1, 3, side, side).to(device), mat_hole(hole, side).to(device)
+    candidates = {
+        name: lambda network=network: network.inpaint(image, mask, seed=0)
+        for name, network in (
+            ("eager", original), ("inpaintrt, all pixels", everywhere), ("inpaintrt", composited),
+        )
+    }  # fmt: skip
+    known = original.network_input(image, mask)
+    versus(
+        candidates, cost=cost(original, (*known, torch.zeros(1, original.z_dim, device=device))), rounds=2, device=device,
+        shape=image.shape, model=f"mat, {hole}", group="mat fp32",
+        means={"eager": ["eager"], "all pixels": ["inpaintrt, all pixels"]},
+    )  # fmt: skip
+
+
 @pytest.mark.parametrize("name", BIG_LAMA)
 @torch.no_grad()
 def test_bf16(versus, device, peers, wanted_peers, ported, name):

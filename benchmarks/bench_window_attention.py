@@ -6,15 +6,20 @@ depends on the shift alone is made beforehand, as networks keep it in a buffer; 
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import inpaintrt
 from inpaintrt import ops
+from inpaintrt.models.mat_layers import SwinBlock
 from inpaintrt.ops.window_attention import SPEC, regions, windows
 from inpaintrt.runtime.library import dispatchers
 from inpaintrt.runtime.policy import use_backend
+from inpaintrt.testing import recipe
 
 SAMPLES = {sample.id: sample for sample in SPEC.samples("bench")}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -119,6 +124,25 @@ def test_window_attention(versus, device, sample, dtype, mask_kind):
         candidates,
         truth=lambda: SPEC.run_reference(*SPEC.bind(q.double(), k.double(), v.double(), **wide)),
         cost=SPEC.cost(*args), device=device, dtype=dtype, shape=q.shape, op=SPEC.name, mask=mask_kind, direction="forward",
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("window", [8, 16])
+@pytest.mark.parametrize("mask_kind", MASKS)
+@torch.inference_mode()
+def test_block(versus, device, window, mask_kind):
+    """MAT's whole block at 64×64 tokens of 180 channels, shifted: attention, the layer that joins it, the MLP."""
+    side, channels = 64, 180
+    original = recipe.fill(SwinBlock(channels, 6, window, window // 2)).eval().to(device)
+    accelerated = inpaintrt.accelerate(copy.deepcopy(original))
+    x = (recipe.image("tokens", 1, side * side, channels) * 2 - 1).to(device)
+    mask = make_mask(mask_kind, side, side)
+    mask = None if mask is None else mask.view(1, -1, 1).to(device)
+    wide = copy.deepcopy(original).double()
+    versus(
+        {"eager": lambda: original(x, (side, side), mask)[0], "inpaintrt": lambda: accelerated(x, (side, side), mask)[0]},
+        truth=lambda: wide(x.double(), (side, side), None if mask is None else mask.double())[0],
+        device=device, shape=x.shape, block=f"mat, window {window}", mask=mask_kind, direction="forward",
     )  # fmt: skip
 
 

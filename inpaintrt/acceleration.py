@@ -14,14 +14,14 @@ import torch
 from torch import nn
 
 from . import holders
-from .adapters import ADAPTERS, deepfill, torchscript
+from .adapters import ADAPTERS, deepfill, mat, torchscript
 from .explanation import explain
 from .recognition import Found, forget_refusal, recognise, refusal, refuse
 from .runtime.errors import UnsupportedError
 from .runtime.library import dispatchers
 from .runtime.policy import use_backend
 from .runtime.probe import probe as run_probe
-from .runtime.swap import Record, record_of, restore_module, swap, why_not_float16
+from .runtime.swap import Record, obstacles, record_of, restore_module, swap, why_not_float16
 from .verification import verify
 
 __all__ = ["accelerate", "explain", "refresh", "restore", "verify"]
@@ -124,6 +124,8 @@ def accelerate(
         _swap_all(modules, options)
         if composited:
             deepfill.restrict(module for _, module in modules)
+        for path, network in mat.networks(modules):
+            _restrict_mat(path, network, options)
         for slot, network in rebuilt:
             _put(slot, network, options)
     except UnsupportedError:
@@ -212,6 +214,17 @@ def _swap_one(item: Found, options: _Options) -> str:
     return finding.why_not
 
 
+def _restrict_mat(path: str, network: nn.Module, options: _Options) -> None:
+    mat.release(network)
+    if not options.composited or not _wanted(path, mat.NAME, options):
+        return
+    record = Record(mat.NetworkAdapter(0), options.backend, options.precision, options.composited)
+    if why_not := next(obstacles(network), "") or mat.restrict(network, record):
+        refuse(network, mat.NAME, why_not)
+        if options.strict:
+            raise UnsupportedError(path or type(network).__name__, {mat.NAME: [why_not]})
+
+
 def _refuse_fp16(modules: Modules, options: _Options) -> None:
     """No family of today survives float16. Asked before anything is changed."""
     for path, module in modules:
@@ -270,7 +283,7 @@ def _wanted(path: str, adapter: str, options: _Options) -> bool:
 
 
 def _check_pattern(pattern: str, modules: Modules) -> None:
-    known = [path for path, _ in modules] + [a.name for a in ADAPTERS] + [torchscript.NAME]
+    known = [path for path, _ in modules] + [a.name for a in ADAPTERS] + [torchscript.NAME, mat.NAME]
     if not any(fnmatch.fnmatchcase(name, pattern) for name in known):
         near = difflib.get_close_matches(pattern, known, n=1)
         raise ValueError(f"{pattern!r} fits no module and no adapter{f'; did you mean {near[0]!r}?' if near else ''}")

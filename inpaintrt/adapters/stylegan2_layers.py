@@ -233,24 +233,31 @@ def styled(module: Any, layer: Layer, form: Form, args: Sequence[Any]) -> Tensor
     """The layer's result for a call that was not refused."""
     given = layer.takes.given(args)
     x, gain = args[0], float(given.get("gain", 1.0))
-    style = x.new_ones(len(x), x.shape[1]) if layer.affine is None else layer.affine(args[1])
-    bound = bound_of(module, form)
+    style = x.new_ones(len(x), x.shape[1]) if layer.affine is None else style_of(layer, args[1])
     if makes_picture(layer, form):
+        bound = bound_of(module, form)
         y = _picture(layer, form, x, style, None if bound is None else bound * gain, gain)
     else:
-        y = convolved(
-            x, layer.weight, style, demodulate=form.demodulate, eps=form.eps, weight_gain=layer.weight_gain, up=form.up,
-            down=form.down, flip_weight=form.flip, resample_filter=scaled(layer.taps, form.taps_gain),
-            noise=noise_of(layer, form, x, given), noise_strength=layer.noise_strength,
-            bias=layer.bias if form.biased else None, activation=form.activation,
-            gain=gain * default_gain(form.activation), clamp=None if bound is None else bound * gain,
-        )  # fmt: skip
+        y = with_noise(module, layer, form, style, gain, x, noise_of(layer, form, x, given))
     below = _below(layer, given)
     if below is None:
         return y
     if below.shape != y.shape:
         below = ops.upfirdn2d(below, layer.skip_taps, up=2, padding=(2, 1, 2, 1), gain=4 * form.taps_gain)
     return y + below
+
+
+def with_noise(
+    module: Any, layer: Layer, form: Form, style: Tensor, gain: float, x: Tensor, noise: Tensor | None
+) -> Tensor:
+    """The layer of x (B, Cin, H, W) in styles (B, Cin), with this noise (1|B, 1, H', W') or none, nothing added to it."""
+    bound = bound_of(module, form)
+    return convolved(
+        x, layer.weight, style, demodulate=form.demodulate, eps=form.eps, weight_gain=layer.weight_gain, up=form.up,
+        down=form.down, flip_weight=form.flip, resample_filter=scaled(layer.taps, form.taps_gain), noise=noise,
+        noise_strength=layer.noise_strength, bias=layer.bias if form.biased else None, activation=form.activation,
+        gain=gain * default_gain(form.activation), clamp=None if bound is None else bound * gain,
+    )  # fmt: skip
 
 
 def makes_picture(layer: Layer, form: Form) -> bool:
@@ -263,7 +270,9 @@ def makes_picture(layer: Layer, form: Form) -> bool:
 def _picture(layer: Layer, form: Form, x: Tensor, style: Tensor, bound: float | None, gain: float) -> Tensor:
     images, outputs = len(x), len(layer.weight)
     filters = layer.weight * (gain * layer.weight_gain * style)[:, None, :, None, None]
-    y = F.conv2d(x.reshape(1, -1, *x.shape[2:]), filters.flatten(0, 1), groups=images)
+    # Of one image a view would have other strides, by which torch no longer sees that it is channels-last, and copies it.
+    joined = x if images == 1 else x.reshape(1, -1, *x.shape[2:])
+    y = F.conv2d(joined, filters.flatten(0, 1), groups=images)
     y = y.reshape(images, outputs, *x.shape[2:])
     if form.biased and layer.bias is not None:
         y = y + gain * layer.bias.view(-1, 1, 1)
@@ -279,6 +288,11 @@ def convolved(x: Tensor, weight: Tensor, style: Tensor, *, noise: Tensor | None,
 
 def scaled(taps: Tensor | None, gain: float) -> Tensor | None:
     return taps if taps is None or gain == 1 else taps * gain
+
+
+def style_of(layer: Layer, vector: Tensor) -> Tensor:
+    with torch.autocast(vector.device.type, enabled=False):  # one rounded factor would be wrong in the whole channel
+        return layer.affine(vector)  # type: ignore[no-any-return]
 
 
 def noise_of(layer: Noisy, form: Form, x: Tensor, given: dict[str, Any]) -> Tensor | None:

@@ -10,7 +10,8 @@ and must be replaced, not multiplied by 0.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,8 +22,18 @@ from torch import Tensor
 from .mat import Encoded, FirstStage, StyleBlock, Synthesis
 from .mat_layers import StyleConv
 
-TILE = 32
+Convolution = Callable[[Tensor, Tensor | None], Tensor]
+"""A style-modulated convolution in one style: features and noise (None: none) to features."""
+
+TILES = (8, 16, 32)
+TILE = TILES[-1]
 """Side of a tile, in pixels of its level. Smaller ones fit the hole better, larger ones have smaller margins."""
+WORTH = 0.4
+"""Share of a map's pixels up to which tiles are computed instead of all of it: they are gathered and put back, which on a CPU
+costs about as much as computing them."""
+MARGIN, MARGIN_UP = 1, 2
+"""Pixels of a result that the border of a stacked tile spoils: of a 3×3 convolution, and of a doubling one, where one pixel
+of margin below is two above, of which its filter spoils both."""
 
 
 @dataclass(frozen=True)
@@ -153,67 +164,135 @@ def decode_tiles(
             first, second = (n if len(n) == 1 else n[own] for n in noise[2 * i : 2 * i + 2]) if noise else (None, None)
             skip = skips[i][own]
             of_conv0, of_conv1, of_rgb = (style[own] for style in styles[i])
-            tiles = _Tiles.of(level.conv0[own], tile)
-            # One pixel of margin below is two above, of which the borders of the stack spoil both.
-            features = tiles.convolved(block.conv0, features, of_conv0, first, margin=2, up=2, unused=unused) + skip
-            tiles = _Tiles.of(level.conv1[own], tile)
-            features = tiles.convolved(block.conv1, features, of_conv1, second, margin=1, up=1, unused=unused)
+            width = len(block.conv0.bias)
+            tiles = Tiles.of(level.conv0[own], tile, MARGIN_UP)
+            features = tiles.convolved(_in_style(block.conv0, of_conv0), features, first, width, up=2, unused=unused)
+            tiles = Tiles.of(level.conv1[own], tile, MARGIN)
+            features = tiles.convolved(
+                _in_style(block.conv1, of_conv1), features + skip, second, width, up=1, unused=unused
+            )
             image = block.toRGB(features, of_rgb, image)  # everywhere: three channels are not worth tiles
         assert image is not None
         samples.append(image)
     return torch.cat(samples)
 
 
+def _in_style(conv: StyleConv, style: Tensor) -> Convolution:
+    return lambda x, noise: conv(x, style, noise)  # type: ignore[no-any-return]
+
+
 @dataclass(frozen=True)
-class _Tiles:
-    """The needed tiles of one sample's map: bool (rows, columns) of tiles."""
+class Tiles:
+    """The needed tiles of one sample's map, each to be computed with a margin.
+
+    Attributes:
+        needed: bool (rows, columns) of tiles.
+        tile: side of one.
+        margin: pixels around a tile that are computed with it and dropped, since the border of a stacked tile spoils them.
+    """
 
     needed: Tensor
     tile: int
+    margin: int
 
     @staticmethod
-    def of(needed: Tensor, tile: int) -> _Tiles:
+    def of(needed: Tensor, tile: int, margin: int) -> Tiles:
+        """needed: bool (1, 1, H, W), of pixels. Raises: `ValueError` for tiles that do not divide the map."""
         sides = needed.shape[2:]
         tile = min(tile, *sides)
         if tile < 2 or tile % 2 or any(side % tile for side in sides):
             raise ValueError(f"tile is {tile} at a level of {sides[0]}×{sides[1]}; accepted: even divisors of both")
-        return _Tiles(needed_tiles(needed, tile)[0], tile)
+        return Tiles(needed_tiles(needed, tile)[0], tile, margin)
+
+    @staticmethod
+    def cheapest(needed: Tensor, margin: int) -> Tiles:
+        """Of the sides in `TILES` that divide the map, the one with the least to compute; the whole map if none saves much."""
+        sides = needed.shape[2:]
+        whole = Tiles(needed.new_ones(1, 1), max(sides), margin)  # of which `covers_all`
+        fitting = [Tiles.of(needed, t, margin) for t in TILES if not any(side % t for side in sides)]
+        return min((t for t in fitting if t.pixels < WORTH * needed.numel()), key=lambda t: t.pixels, default=whole)
+
+    @functools.cached_property
+    def count(self) -> int:
+        """Waits for the device."""
+        return int(self.needed.sum())
+
+    @property
+    def pixels(self) -> int:
+        """Of the result, that are computed, margins included."""
+        return self.count * (self.tile + 2 * self.margin) ** 2
+
+    @property
+    def covers_all(self) -> bool:
+        """Whether the whole map is computed at no more cost."""
+        return self.pixels >= self.needed.numel() * self.tile**2
 
     def convolved(
         self,
-        conv: StyleConv,
+        conv: Convolution,
         x: Tensor,
-        style: Tensor,
         noise: Tensor | None,
+        channels: int,
         *,
-        margin: int,
         up: int,
-        unused: float,
+        unused: float = 0.0,
     ) -> Tensor:
-        """conv's result on these tiles, `unused` elsewhere; all of it where the tiles' margins make that cheaper.
+        """conv(x, noise) on these tiles, `unused` elsewhere, channels-last; all of it where that is no more work.
 
-        margin: pixels of the result that the border of a stacked tile may spoil, a multiple of `up`.
+        Args:
+            conv: of maps of any size, up times as large as x and like noise; called once.
+            x: (1, C, H / up, W / up).
+            noise: (1, 1, H, W) or None.
+            channels: of conv's result.
         """
-        count, whole = int(self.needed.sum()), self.needed.numel()
-        if count * (self.tile + 2 * margin) ** 2 >= whole * self.tile**2:
-            return conv(x, style, noise)  # type: ignore[no-any-return]
-        rows, columns = (n * self.tile for n in self.needed.shape)
-        result = x.new_full((1, len(conv.bias), rows, columns), unused)
-        if count:
-            below = self._stacked(x, margin // up, self.tile // up)
-            over = None if noise is None else self._stacked(noise, margin, self.tile)
-            stacked = conv(below, style, over).unflatten(2, (count, -1))
-            inside = slice(margin, margin + self.tile)
-            self._cut(result)[:, :, self.needed] = stacked[:, :, :, inside, inside]
-        return result
+        if self.covers_all:
+            return conv(x, noise)
+        height, width = (n * self.tile for n in self.needed.shape)
+        if not self.count:
+            return x.new_full((1, channels, height, width), unused).contiguous(memory_format=torch.channels_last)
+        kept, pixels = self.computed(conv, x, noise, up=up)
+        result = kept.new_full((height * width, channels), unused).index_copy_(0, pixels, kept)
+        return result.view(1, height, width, channels).permute(0, 3, 1, 2)
 
-    def _stacked(self, x: Tensor, margin: int, tile: int) -> Tensor:
-        """(1, C, tiles · side, side): needed tiles with their margins, zeros outside the map, one below the other."""
-        side = tile + 2 * margin
-        padded = F.pad(x, (margin,) * 4)
-        windows = padded.unfold(2, side, tile).unfold(3, side, tile)
-        return windows[:, :, self.needed].flatten(2, 3)
+    def computed(self, conv: Convolution, x: Tensor, noise: Tensor | None, *, up: int) -> tuple[Tensor, Tensor]:
+        """conv's result on these tiles, of which there is one at least, pixel by pixel, and which pixels these are.
 
-    def _cut(self, x: Tensor) -> Tensor:
-        """A view (1, C, rows, columns, tile, tile) of a map."""
-        return x.unflatten(3, (-1, self.tile)).unflatten(2, (-1, self.tile)).transpose(3, 4)
+        Arguments as of `convolved`. Returns: (n, C); int64 (n,), counted row by row.
+        """
+        height, width = (n * self.tile for n in self.needed.shape)
+        over = None if noise is None else self._stacked(noise, 1)
+        stacked = conv(self._stacked(x, up), over)
+        side, inside = self.tile + 2 * self.margin, slice(self.margin, self.margin + self.tile)
+        kept = stacked.permute(0, 2, 3, 1).reshape(self.count, side, side, -1)[:, inside, inside]
+        pixels, _ = self._pixels(height, width, self.tile, 0)
+        return kept.reshape(len(pixels), -1), pixels
+
+    def _stacked(self, x: Tensor, up: int) -> Tensor:
+        """(1, C, tiles · side, side), channels-last: tiles with their margins one below the other, zeros outside the map."""
+        channels, height, width = x.shape[1:]
+        tile, margin = self.tile // up, self.margin // up
+        pixels, outside = self._pixels(height, width, tile, margin)
+        stack = read_pixels(x, pixels)
+        if len(outside):
+            stack.index_fill_(0, outside, 0)
+        return stack.view(1, -1, tile + 2 * margin, channels).permute(0, 3, 1, 2)
+
+    def _pixels(self, height: int, width: int, tile: int, margin: int) -> tuple[Tensor, Tensor]:
+        """Numbers of all pixels of all tiles in a map read row by row, and which of them are outside the map."""
+        steps = torch.arange(-margin, tile + margin, device=self.needed.device)
+        down, across = ((n[:, None] * tile + steps) for n in self.needed.nonzero().unbind(1))
+        outside = ((down < 0) | (down >= height))[:, :, None] | ((across < 0) | (across >= width))[:, None, :]
+        pixels = down.clamp(0, height - 1)[:, :, None] * width + across.clamp(0, width - 1)[:, None, :]
+        return pixels.flatten(), outside.flatten().nonzero().flatten() if margin else pixels.new_empty(0)
+
+
+def read_pixels(x: Tensor, pixels: Tensor) -> Tensor:
+    """(len(pixels), C), of pixels of a map (1, C, H, W) counted row by row, read where they are.
+
+    Maps that are neither contiguous nor channels-last are copied.
+    """
+    if hasattr(x, "read"):  # a map of tiles, which knows best
+        return x.read(pixels)  # type: ignore[no-any-return]
+    if x.is_contiguous() and x.shape[1] > 1:
+        return x.flatten(2)[0].index_select(1, pixels).t().contiguous()
+    return x.permute(0, 2, 3, 1).flatten(0, 2).index_select(0, pixels)

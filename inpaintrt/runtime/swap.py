@@ -40,6 +40,7 @@ class Adapter(Protocol):
     # `named = True`, which is optional: calls by keywords come with these in the places that the original's forward
     # gives them, omitted ones at their defaults. Without it such calls are the original's. `holds = True`, also optional:
     # what the module contains is swapped by itself, and called by its fused forward.
+    # `takes_keywords = True`, optional as well: forward and refuses take the other keywords by name.
 
     def match(self, module: nn.Module) -> str | None:
         """None: can be swapped. "": not this kind of module. Otherwise: of this kind, and why it cannot be swapped."""
@@ -131,7 +132,8 @@ def why_original(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     # A compiled graph is fixed: it takes what holds when it is compiled, and context variables cannot be traced.
     if not torch.compiler.is_compiling() and _disabled.get():
         return "acceleration is disabled"
-    if kwargs:
+    record: Record = module.__dict__[_RECORD]
+    if kwargs and not getattr(record.adapter, "takes_keywords", False):
         return f"called with keyword arguments ({', '.join(kwargs)})"
     if _torch_module._has_any_global_hook():
         return "global module hooks are installed"
@@ -142,14 +144,14 @@ def why_original(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
             child._forward_hooks or child._forward_pre_hooks or child._backward_hooks or child._backward_pre_hooks
         ):
             return f"a hook sits on a child that the fused forward bypasses ({type(child).__name__})"
-    record: Record = module.__dict__[_RECORD]
+    given = (*args, *kwargs.values())
     if record.precision == "ieee" and torch.compiler.is_compiling():
         return "precision='ieee' is a context around the ops, which a compiled graph does not keep"
-    if record.precision == "ieee" and _tf32_allowed(args):
+    if record.precision == "ieee" and _tf32_allowed(given):
         return "precision='ieee', but torch's switches allow TF32 on this device, and they are not ours to change"
-    if refusal := next(record.adapter.refuses(module, *args), ""):
+    if refusal := next(record.adapter.refuses(module, *args, **kwargs), ""):
         return refusal
-    if _autocast_dtype(args) == torch.float16:  # the caller's choice, and the original's result
+    if _autocast_dtype(given) == torch.float16:  # the caller's choice, and the original's result
         return f"under float16 autocast: {why_not_float16(record.adapter)}"
     return ""
 
@@ -198,13 +200,14 @@ def _parameters(original: Any) -> tuple[list[str], dict[str, Any]]:
     return names, {p.name: p.default for p in parameters}
 
 
-def _run(module: Any, args: tuple[Any, ...]) -> Any:
+def _run(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     record: Record = module.__dict__[_RECORD]
-    forward = functools.partial(record.adapter.forward, module)
-    if record.precision == "bf16" and _autocast_dtype(args) is None:
-        result_dtype = _dtype(args)
+    forward = functools.partial(record.adapter.forward, module, **kwargs)
+    given = (*args, *kwargs.values())
+    if record.precision == "bf16" and _autocast_dtype(given) is None:
+        result_dtype = _dtype(given)
         # Without its cache: inside a caller's autocast it would keep weights that may change before the next call.
-        with torch.autocast(_device_type(args), dtype=torch.bfloat16, cache_enabled=False):
+        with torch.autocast(_device_type(given), dtype=torch.bfloat16, cache_enabled=False):
             return _cast(_with_backend(record, forward, args), result_dtype)
     return _with_backend(record, forward, args)
 
@@ -256,7 +259,7 @@ def _subclass(original: type[nn.Module]) -> type[nn.Module]:
         placed, left = arranged(self, args, kwargs)
         if record_of(self) is None or why_original(self, placed, left):
             return original.forward(self, *args, **kwargs)
-        return _run(self, placed)
+        return _run(self, placed, left)
 
     def __reduce_ex__(self: Any, protocol: Any) -> Any:
         state = {name: value for name, value in self.__dict__.items() if name != _RECORD}
