@@ -13,8 +13,7 @@ from typing import Any, TypeVar, overload
 import torch
 from torch import nn
 
-from . import holders
-from .adapters import ADAPTERS, deepfill, mat, torchscript
+from . import adapters, holders
 from .explanation import explain
 from .recognition import Found, forget_refusal, recognise, refusal, refuse
 from .runtime.errors import UnsupportedError
@@ -123,8 +122,8 @@ def accelerate(
     try:
         _swap_all(modules, options)
         if composited:
-            deepfill.restrict(module for _, module in modules)
-        for path, network in mat.networks(modules):
+            adapters.deepfill.restrict(module for _, module in modules)
+        for path, network in adapters.mat.networks(modules):
             _restrict_mat(path, network, options)
         for slot, network in rebuilt:
             _put(slot, network, options)
@@ -215,14 +214,14 @@ def _swap_one(item: Found, options: _Options) -> str:
 
 
 def _restrict_mat(path: str, network: nn.Module, options: _Options) -> None:
-    mat.release(network)
-    if not options.composited or not _wanted(path, mat.NAME, options):
+    adapters.mat.release(network)
+    if not options.composited or not _wanted(path, adapters.mat.NAME, options):
         return
-    record = Record(mat.NetworkAdapter(0), options.backend, options.precision, options.composited)
-    if why_not := next(obstacles(network), "") or mat.restrict(network, record):
-        refuse(network, mat.NAME, why_not)
+    record = Record(adapters.mat.NetworkAdapter(0), options.backend, options.precision, options.composited)
+    if why_not := next(obstacles(network), "") or adapters.mat.restrict(network, record):
+        refuse(network, adapters.mat.NAME, why_not)
         if options.strict:
-            raise UnsupportedError(path or type(network).__name__, {mat.NAME: [why_not]})
+            raise UnsupportedError(path or type(network).__name__, {adapters.mat.NAME: [why_not]})
 
 
 def _refuse_fp16(modules: Modules, options: _Options) -> None:
@@ -240,10 +239,12 @@ def _rebuild_scripts(slots: list[holders.Slot], options: _Options) -> list[tuple
     for slot in slots:
         script: Any = slot.module
         forget_refusal(script)
-        if any(fnmatch.fnmatchcase(name, p) for p in options.skipped for name in (slot.path, torchscript.NAME)):
+        if any(
+            fnmatch.fnmatchcase(name, p) for p in options.skipped for name in (slot.path, adapters.torchscript.NAME)
+        ):
             continue
         if id(script) not in made:
-            made[id(script)] = torchscript.rebuild(script)
+            made[id(script)] = adapters.torchscript.rebuild(script)
         network = made[id(script)]
         if isinstance(network, str):
             _refuse_script(slot, network, options)
@@ -266,9 +267,9 @@ def _put(slot: holders.Slot, network: nn.Module, options: _Options) -> None:
 
 
 def _refuse_script(slot: holders.Slot, why: str, options: _Options) -> None:
-    refuse(slot.module, torchscript.NAME, why)
+    refuse(slot.module, adapters.torchscript.NAME, why)
     if options.strict:
-        raise UnsupportedError(slot.path or "the TorchScript module", {torchscript.NAME: [why]})
+        raise UnsupportedError(slot.path or "the TorchScript module", {adapters.torchscript.NAME: [why]})
 
 
 def _patterns(value: str | Iterable[str] | None) -> tuple[str, ...] | None:
@@ -283,7 +284,11 @@ def _wanted(path: str, adapter: str, options: _Options) -> bool:
 
 
 def _check_pattern(pattern: str, modules: Modules) -> None:
-    known = [path for path, _ in modules] + [a.name for a in ADAPTERS] + [torchscript.NAME, mat.NAME]
+    known = (
+        [path for path, _ in modules]
+        + [a.name for a in adapters.ADAPTERS]
+        + [adapters.torchscript.NAME, adapters.mat.NAME]
+    )
     if not any(fnmatch.fnmatchcase(name, pattern) for name in known):
         near = difflib.get_close_matches(pattern, known, n=1)
         raise ValueError(f"{pattern!r} fits no module and no adapter{f'; did you mean {near[0]!r}?' if near else ''}")

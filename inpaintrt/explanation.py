@@ -9,9 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from . import holders
-from .adapters import ADAPTERS
-from .adapters.torchscript import NAME as TORCHSCRIPT
+from . import adapters, holders
 from .recognition import recognise, refusal
 from .report import Report
 from .runtime import dispatch
@@ -55,7 +53,7 @@ def explain(model: Any, *example: Any) -> Report:
             rows.append(_row(path, module, refused[0], [], ["torch"], "original", refused[1]))
         elif isinstance(module, torch.jit.ScriptModule):
             why = "accelerate was not called, or passed it over; where it can, it makes another model of it"
-            rows.append(_row(path, module, TORCHSCRIPT, [], ["torch"], "original", why))
+            rows.append(_row(path, module, adapters.torchscript.NAME, [], ["torch"], "original", why))
     if not rows:
         for path, module in modules:
             if item := recognise(path, module):
@@ -89,7 +87,9 @@ def _notes(modules: list[tuple[str, nn.Module]], recognised: bool) -> list[str]:
         if (record := record_of(module)) is not None and record.note:
             notes.append(f"{path or '(model)'}: {record.note}.")
     if not recognised:
-        notes.append(f"No module was recognised. Families known: {', '.join(sorted({a.name for a in ADAPTERS}))}.")
+        notes.append(
+            f"No module was recognised. Families known: {', '.join(sorted({a.name for a in adapters.ADAPTERS}))}."
+        )
     return notes
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .adapters import ADAPTERS
+from . import adapters
 from .runtime.swap import obstacles
 
 _REFUSED = "_inpaintrt_refused"
@@ -31,7 +31,7 @@ class Found:
 def recognise(path: str, module: nn.Module) -> Found | None:
     if isinstance(module, torch.jit.ScriptModule):
         return None  # adapters look at attributes that a TorchScript module imitates but does not have
-    for adapter in ADAPTERS:
+    for adapter in adapters.ADAPTERS:
         why_not = adapter.match(module)
         if why_not != "":
             return Found(path, module, adapter, why_not or next(obstacles(module), ""))

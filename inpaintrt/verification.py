@@ -13,8 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from .adapters import ADAPTERS
-from .adapters.convolution import GENERIC
+from . import adapters
 from .report import Report
 from .runtime.dispatch import launches, numerics_of
 from .runtime.inverse import inverse_note, numpy_inverse
@@ -116,9 +115,9 @@ def _pieces(path: str, container: nn.Module, record: Record) -> list[_Part]:
     for name, child in container.named_children():
         at = f"{path}.{name}" if path else name
         inner = _pieces(at, child, record)
-        adapter = next((a for a in ADAPTERS if not a.deep and a.match(child) is None), None)
-        if adapter is not None and adapter.name not in GENERIC:
-            inner = [piece for piece in inner if piece.adapter not in GENERIC]
+        adapter = next((a for a in adapters.ADAPTERS if not a.deep and a.match(child) is None), None)
+        if adapter is not None and adapter.name not in adapters.convolution.GENERIC:
+            inner = [piece for piece in inner if piece.adapter not in adapters.convolution.GENERIC]
         if adapter is not None and len(inner) < 2:
             inner = [_Part(at, adapter.name, False, functools.partial(_run_piece, record, adapter, child), child)]
         found += inner

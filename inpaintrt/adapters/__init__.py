@@ -2,30 +2,30 @@
 
 from __future__ import annotations
 
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from inpaintrt.runtime.swap import Adapter
 
-from . import (
-    aotgan,
-    contextual_attention,
-    convolution,
-    gated,
-    glcic,
-    lama,
-    mat_attention,
-    migan,
-    partialconv,
-    stylegan2,
-)
+if TYPE_CHECKING:
+    from . import convolution, deepfill, mat, torchscript
 
-ADAPTERS: tuple[Adapter, ...] = (
-    *lama.ADAPTERS,
-    *aotgan.ADAPTERS,
-    *glcic.ADAPTERS,
-    *partialconv.ADAPTERS,
-    *mat_attention.ADAPTERS,
-    *contextual_attention.ADAPTERS,
-    *gated.ADAPTERS,
-    *migan.ADAPTERS,
-    *stylegan2.ADAPTERS,
-    *convolution.ADAPTERS,
-)
+    ADAPTERS: tuple[Adapter, ...]
+
+__all__ = ["ADAPTERS", "convolution", "deepfill", "mat", "torchscript"]
+
+_FAMILIES = (
+    "lama", "aotgan", "glcic", "partialconv", "mat_attention", "contextual_attention", "gated", "migan", "stylegan2",
+    "convolution",
+)  # fmt: skip
+
+
+def __getattr__(name: str) -> Any:
+    """Families are loaded when a model is looked at, not when the library is imported (PEP 562)."""
+    if name == "ADAPTERS":
+        files = (importlib.import_module(f"{__name__}.{family}") for family in _FAMILIES)
+        globals()[name] = tuple(adapter for file in files for adapter in file.ADAPTERS)
+        return globals()[name]
+    if name in __all__:
+        return importlib.import_module(f"{__name__}.{name}")
+    raise AttributeError(f"module 'inpaintrt.adapters' has no attribute {name!r}")
