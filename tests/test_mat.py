@@ -224,7 +224,7 @@ def test_modulated_convolutions(name):
     skip_eq = recipe.image("mat_mod/skip_eq", 2, 3, 12, 18) * 2 - 1
     with torch.no_grad():
         if name.startswith("style") and name != "style_nonoise":
-            out = module(x["x_square" if name == "style_const" else "x_half"], style, module.noise_const)
+            out = module(x["x_square" if name == "style_const" else "x_half"], style, module.noise_const[None, None])
         elif name.startswith("rgb"):
             out = module(x["x"], style, {"rgb": None, "rgb_skip": skip, "rgb_skip_eq": skip_eq}[name])
         else:
