@@ -26,6 +26,6 @@ def __getattr__(name: str) -> Any:
         files = (importlib.import_module(f"{__name__}.{family}") for family in _FAMILIES)
         globals()[name] = tuple(adapter for file in files for adapter in file.ADAPTERS)
         return globals()[name]
-    if name in __all__:
+    if name in (*_FAMILIES, *__all__):
         return importlib.import_module(f"{__name__}.{name}")
     raise AttributeError(f"module 'inpaintrt.adapters' has no attribute {name!r}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -12,8 +13,12 @@ __all__ = ["create", "load"]
 
 def __getattr__(name: str) -> Any:
     """Resolved at first use (PEP 562): an adapter that knows one network's layers must not load all networks."""
-    if name not in __all__:
-        raise AttributeError(f"module 'inpaintrt.models' has no attribute {name!r}")
-    from . import loading
-
-    return getattr(loading, name)
+    if name in __all__:
+        return getattr(importlib.import_module(f"{__name__}.loading"), name)
+    path = f"{__name__}.{name}"
+    try:
+        return importlib.import_module(path)
+    except ModuleNotFoundError as error:
+        if error.name != path:
+            raise
+        raise AttributeError(f"module 'inpaintrt.models' has no attribute {name!r}") from None
