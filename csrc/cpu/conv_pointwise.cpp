@@ -49,16 +49,17 @@ struct PointwiseGeometry {
   int64_t lanes, in_blocks, panels;  // of inputs; vectors of those; panels of filters
   int64_t count, blocks;             // pixels in a block, blocks in a row
   int64_t pixels;                    // distance of groups, odd, so that groups do not share cache sets
+  bool last;                         // the channels of an output's pixel lie together: no block of sums is kept
   int threads;
 
   explicit PointwiseGeometry(const Call& call) : filters(call) {
     lanes = Source<T>::lanes(call), in_blocks = ceil_div(lanes, W), panels = ceil_div(filters.blocks, kPanelVectors);
     count = least(kPixelsPerBlock, call.width()), blocks = ceil_div(call.width(), count);
-    pixels = count | 1;
+    pixels = count | 1, last = call.out->strides[1] == 1;
     threads = threads_of(call, call.batch() * call.height() * blocks);
   }
   int64_t weight_floats() const { return vectors(panels * lanes * kPanelColumns); }
-  int64_t thread_floats() const { return vectors((in_blocks + filters.blocks) * pixels * W); }
+  int64_t thread_floats() const { return vectors((in_blocks + (last ? 0 : filters.blocks)) * pixels * W); }
   int64_t floats() const { return weight_floats() + threads * thread_floats(); }
 };
 
@@ -119,14 +120,31 @@ class Pointwise {
     float* outputs = inputs + g_.in_blocks * distance;
     for (int64_t c = 0; c < g_.in_blocks; ++c) source_.read(b, c, y, first, count, inputs + c * distance);
     const Blocks a = {inputs, distance, static_cast<int>(g_.in_blocks), 1, Source<T>::tail(call_)};
-    gemm<Lane>(a, count, filters_, static_cast<int>(g_.panels), [&](int panel, int64_t pixel, int v, Vec sums) {
-      const int64_t o = static_cast<int64_t>(panel) * kPanelVectors + v;
-      if (o < g_.filters.blocks) store(outputs + o * distance + pixel * W, sums);
-    });
-    const int64_t step = call_.gated ? 2 : 1;
-    for (int64_t o = 0; o < g_.filters.blocks; o += step) {
-      float* sums = outputs + o * distance;
-      finish_(b, g_.filters.unit(o), y, first, count, sums, sums + distance);
+    const int64_t unit = call_.gated ? 2 : 1;
+    const auto finish = [&](int64_t o, int64_t pixel, int64_t some, float* sums, int64_t next) {
+      finish_(b, g_.filters.unit(o), y, first + pixel, some, sums, sums + next);
+    };
+    if (!g_.last) {
+      gemm<Lane>(a, count, filters_, static_cast<int>(g_.panels), [&](int panel, int64_t pixel, int v, Vec sums) {
+        const int64_t o = static_cast<int64_t>(panel) * kPanelVectors + v;
+        if (o < g_.filters.blocks) store(outputs + o * distance + pixel * W, sums);
+      });
+      for (int64_t o = 0; o < g_.filters.blocks; o += unit) finish(o, 0, count, outputs + o * distance, distance);
+      return;
+    }
+    // Channels of a pixel that lie together leave with their tile, and the stores are done under the next one's
+    // products.
+    alignas(64) float tile[kPanelVectors][kTileRows * W];
+    for (int64_t pixel = 0, height; pixel < count; pixel += height) {
+      height = tile_height(count - pixel);
+      const Blocks rows = {inputs + pixel * W, a.stride, a.groups, a.tails, a.tail};
+      for (int64_t panel = 0, o = 0; panel < g_.panels; ++panel) {
+        gemm<Lane>(rows, height, filters_ + panel * panel_floats(a), 1,
+                   [&](int, int64_t row, int v, Vec sums) { store(tile[v] + row * W, sums); });
+        for (int64_t v = 0; v < kPanelVectors && o < g_.filters.blocks; v += unit, o += unit) {
+          finish(o, pixel, height, tile[v], kTileRows * W);
+        }
+      }
     }
   }
 };
