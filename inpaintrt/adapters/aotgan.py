@@ -329,7 +329,8 @@ class GeneratorAdapter:
             y = aot_block(_read(block), _read(form_of(part, block)), y)
         *before, last = generator.decoder
         for layer in before:
-            y = applied(layer, F.interpolate(y, scale_factor=2.0, mode="bilinear", align_corners=True))
+            y = F.interpolate(y, scale_factor=2.0, mode="bilinear", align_corners=True)  # what it is made of can go
+            y = applied(layer, y)
         y = applied(last, y, ("tanh", None))
         layout = torch.channels_last if torch.channels_last in formats else torch.contiguous_format
         return y.contiguous(memory_format=layout)
