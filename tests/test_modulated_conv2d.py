@@ -127,6 +127,38 @@ def test_doubling_is_zeros_filter_and_convolution(backend, flip):
     torch.testing.assert_close(out, expected.float(), rtol=0, atol=5e-5)
 
 
+@pytest.mark.skipif("cpu" not in BACKENDS, reason="not run: no native library")
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize(
+    ("shape", "outputs", "kernel", "padding"),
+    [
+        ((1, 3, 150, 480), 64, 3, 1),
+        ((2, 5, 100, 700), 66, 3, 0),
+        ((1, 3, 150, 480), 64, 3, 4),
+        ((1, 2, 200, 510), 48, 5, 7),
+        ((1, 2, 150, 510), 66, 1, 5),
+        ((9, 2, 40, 41), 512, 3, 1),
+    ],
+)
+def test_large_images_are_doubled_in_bands(shape, outputs, kernel, padding, layout):
+    """The image between convolution and filter would take more than 64 MiB: some rows, or some images, at a time."""
+    images, inputs, *size = shape
+    assert images * 4 * size[0] * size[1] * outputs * 4 > 64 << 20, "one band"
+    x = (2 * recipe.image("x", *shape) - 1).contiguous(memory_format=layout)
+    weight, style = recipe.image("w", outputs, inputs, kernel, kernel) - 0.5, recipe.image("s", images, inputs) + 0.5
+    doubled = [2 * (n + padding - kernel // 2) for n in size]
+    given = {
+        "up": 2, "padding": padding, "flip_weight": padding > 1, "resample_filter": FIR,
+        "noise": recipe.image("n", images, 1, *doubled) - 0.5, "noise_strength": torch.tensor(0.7),
+        "bias": recipe.image("b", outputs) - 0.5, "activation": "leaky_relu", "clamp": 1.5,
+    }  # fmt: skip
+    out = {}
+    for backend in ("cpu", "reference"):
+        with golden.backend(backend, "modulated_conv2d"):
+            out[backend] = ops.modulated_conv2d(x, weight, style, **given)
+    torch.testing.assert_close(out["cpu"], out["reference"], rtol=0, atol=2e-5)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_filters_of_any_rank(backend):
     """A filter that is no outer product, of odd and even length, halving and doubling."""

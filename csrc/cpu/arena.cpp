@@ -22,14 +22,13 @@ struct Span {
 };
 
 // What is taken is cut from the smallest free span that holds it; what comes back joins its neighbours. So a large span
-// that nobody needs serves many small ones meanwhile, and a chain of ops holds what it uses at once, not one block for
-// each size that it ever asked for.
+// that nobody needs serves many small ones meanwhile. Where none holds it, it is made of the pages of several. So a
+// chain of ops holds what it uses at once, whatever sizes it asks for, and needs no page of the system twice.
 struct Arena {
   std::mutex mutex;
   std::vector<Span> free;  // by address, never touching each other
   size_t held = 0;         // mapped: in use or free
   size_t kept = 0;         // of these, free
-  size_t most_used = 0;    // in use at once
   size_t peak = 0, limit = size_t{1} << 30;
 
   // mmap gives 4 KB alignment: over-allocate, then return the edges to the system.
@@ -49,18 +48,16 @@ struct Arena {
     const std::lock_guard<std::mutex> lock(mutex);
     char* data = cut(bytes);
     if (!data) {
-      // What does not fit is in the way: a quarter more than was ever used at once is kept for it, and no more.
-      const size_t used = held - kept + bytes;
-      shed(std::max(most_used, used) / 4 * 5 - used);
       data = map(bytes);
       if (!data && kept) {
         shed(0);
         data = map(bytes);
       }
       if (!data) return nullptr;
-      peak = std::max(peak, held += bytes);
+      held += bytes;
+      fill(data, bytes);
+      peak = std::max(peak, held);
     }
-    most_used = std::max(most_used, held - kept);
     return data;
   }
 
@@ -90,6 +87,18 @@ struct Arena {
     if (!(best->bytes -= bytes)) free.erase(best);
     kept -= bytes;
     return data;
+  }
+
+  // Moves free pages into new memory, of which no page exists yet. What cannot be moved is left where it is: the rest
+  // of the memory gets pages of its own as it is written.
+  void fill(char* data, size_t bytes) {
+    for (char* const end = data + bytes; data < end && !free.empty(); data += kBlock) {
+      Span& last = free.back();
+      char* const block = last.data + (last.bytes - kBlock);
+      if (mremap(block, kBlock, kBlock, MREMAP_MAYMOVE | MREMAP_FIXED, data) == MAP_FAILED) return;
+      kept -= kBlock, held -= kBlock;
+      if (!(last.bytes -= kBlock)) free.pop_back();
+    }
   }
 
   // Joins a span to the one after it where they touch; returns the one before it.
@@ -164,6 +173,5 @@ void irt_arena_give(void* block, int64_t bytes) {
 void irt_empty_cache(void) {
   const std::lock_guard<std::mutex> lock(irt::arena().mutex);
   irt::arena().shed(0);
-  irt::arena().most_used = irt::arena().held;
 }
 }

@@ -1,6 +1,6 @@
 // Workspaces for CPU kernels, and large results: 2 MB-aligned blocks whose memory is kept and reused, because filling
 // fresh memory costs an order of magnitude more than filling memory the process already has (page faults). One arena
-// per process, bounded: it holds at most a quarter more than was ever used at once.
+// per process, bounded: it holds at most what was ever used at once.
 #pragma once
 
 #include <cstddef>

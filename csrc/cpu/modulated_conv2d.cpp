@@ -280,22 +280,82 @@ struct Enlarged {
   int64_t elements() const { return image.sizes[0] * image.strides[0]; }
 };
 
-template <class T>
-void run_by_phases(Modulated& m, irt_status& status) {
-  Enlarged enlarged(m);
-  if (!conv::fits(enlarged.call)) return fail(status, IRT_OUT_OF_MEMORY, "no memory for an image of that size");
-  const Workspace space(static_cast<size_t>(enlarged.elements()) * sizeof(T));
-  if (!space.data()) return fail(status, IRT_OUT_OF_MEMORY, "no memory for the enlarged image");
-  enlarged.image.data = space.data();
-  conv::run(enlarged.call, status);
-  if (status.code != IRT_OK) return;
-  Resampling filter;
-  filter.up_x = filter.up_y = 1;
-  filter.top = m.before[0] - m.weight.sizes[2] + 1, filter.left = m.before[1] - m.weight.sizes[3] + 1;
-  filter.set(*m.filter, 4.0f, false);
-  m.style.inputs = nullptr;
-  conv::resample_image<T>(enlarged.image, filter, 1, 1, m.call, status);
+// Elements [first, first + count) of dimension d.
+void cut(irt_view& view, int d, int64_t first, int64_t count) {
+  view.data = static_cast<char*>(view.data) + first * view.strides[d] * (view.dtype == IRT_F32 ? 4 : 2);
+  view.sizes[d] = count;
 }
+
+// A doubling by phases. The enlarged image is the filter's input and nobody else's, so that of a large one only some
+// rows exist at a time: at 512 pixels it would be as large as the result.
+template <class T>
+class Doubling {
+ public:
+  explicit Doubling(const Modulated& m) : m_(m), whole_(m), runner_(nullptr) {
+    filter_.up_x = filter_.up_y = 1;
+    filter_.top = m.before[0] - kernel() + 1, filter_.left = m.before[1] - m.weight.sizes[3] + 1;
+    filter_.set(*m.filter, 4.0f, false);
+    const int64_t image = most(1, whole_.image.strides[0] * static_cast<int64_t>(sizeof(T))), height = m.call.height();
+    const int64_t bands = ceil_div(image, kBand);
+    images_ = most(1, least(kBand / image, m.call.batch()));
+    rows_ = ceil_div(height, most(1, least(bands, height / kLeastRows)));
+    most_rows_ = least(whole_.image.sizes[2], rows_ + filter_.rows);  // one more than the filter reads: see `run`
+  }
+
+  void run(irt_status& status) {
+    if (!conv::fits(whole_.call)) return fail(status, IRT_OUT_OF_MEMORY, "no memory for an image of that size");
+    const Workspace space(static_cast<size_t>(images_ * most_rows_ * whole_.image.strides[2]) * sizeof(T));
+    if (!space.data()) return fail(status, IRT_OUT_OF_MEMORY, "no memory for the enlarged image");
+    runner_ = conv::planned(whole_.call);
+    for (int64_t b = 0; b < m_.call.batch(); b += images_) {
+      for (int64_t y = 0; y < m_.call.height() && status.code == IRT_OK; y += rows_) {
+        run(b, least(images_, m_.call.batch() - b), y, least(rows_, m_.call.height() - y), space.data(), status);
+      }
+    }
+  }
+
+ private:
+  static constexpr int64_t kBand = int64_t{64} << 20;  // bytes; of less, making the filters' matrices anew would tell
+  static constexpr int64_t kLeastRows = 16;
+
+  const Modulated& m_;
+  Enlarged whole_;
+  Resampling filter_;
+  conv::Runner runner_;
+  int64_t images_, rows_, most_rows_;  // of outputs at a time, and of the enlarged image
+
+  int64_t kernel() const { return m_.weight.sizes[2]; }
+
+  // `rows` rows of outputs from row y on, of `images` images from b on.
+  void run(int64_t b, int64_t images, int64_t y, int64_t rows, void* space, irt_status& status) {
+    // The enlarged rows that the filter reads, from an even one on, so that phases are those of the whole image; and
+    // the rows of x that these are made of.
+    const int64_t height = whole_.image.sizes[2];
+    const int64_t begin = most(0, least(height - 1, y - filter_.top)) / 2 * 2;
+    const int64_t end = most(begin + 1, least(height, y + rows - 1 - filter_.top + filter_.rows));
+    const int64_t from = most(0, ceil_div(begin - kernel() + 1, 2)), to = least(m_.call.x->sizes[2], ceil_div(end, 2));
+    irt_view x = *m_.call.x, enlarged = whole_.image, out = *m_.call.out;
+    cut(x, 0, b, images), cut(x, 2, from, to - from);
+    cut(out, 0, b, images), cut(out, 2, y, rows);
+    enlarged.data = space, enlarged.sizes[0] = images, enlarged.sizes[2] = end - begin;
+    enlarged.strides[0] = enlarged.sizes[2] * enlarged.strides[2];
+
+    conv::Style reads = whole_.style, writes = m_.style;
+    conv::Call call = whole_.call, finish = m_.call;
+    if (reads.inputs) reads.inputs += b * call.inputs();
+    call.x = &x, call.out = &enlarged, call.style = &reads, call.top = begin - 2 * from;
+    runner_(call, status);
+    if (status.code != IRT_OK) return;
+
+    Resampling filter = filter_;
+    filter.top += begin - y;
+    writes.inputs = nullptr;
+    if (writes.outputs) writes.outputs += b * finish.outputs();
+    if (writes.noise) writes.noise += ((writes.planes == 1 ? 0 : b) * finish.height() + y) * finish.width();
+    finish.out = &out, finish.style = &writes;
+    conv::resample_image<T>(enlarged, filter, 1, 1, finish, status);
+  }
+};
 
 template <class T>
 void run(Modulated& m, irt_status& status) {
@@ -303,7 +363,7 @@ void run(Modulated& m, irt_status& status) {
   const Workspace space(static_cast<size_t>(numbers.floats()) * sizeof(float));
   if (!space.data()) return fail(status, IRT_OUT_OF_MEMORY, "no memory for the style's numbers");
   numbers.make(static_cast<float*>(space.data()), m.style);
-  if (by_phases(m)) return run_by_phases<T>(m, status);
+  if (by_phases(m)) return Doubling<T>(m).run(status);
   conv::run(m.call, status);
 }
 
