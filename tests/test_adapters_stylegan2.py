@@ -279,6 +279,18 @@ def test_mats_partial_convolutions(kind, kernel, down):
         assert layer(x)[1] is None
 
 
+@pytest.mark.parametrize("kind", [foreign.Conv2dLayerPartial, mat_layers.PartialConv])
+def test_features_of_an_image_are_channels_last(kind):
+    """As what MAT's decoder makes of tokens, to which they are added."""
+    layer, x = _accelerated(_filled(kind(4, 11, 3))), _x(4, 12, 16)
+    assert x.is_contiguous()
+    with insistent(), torch.no_grad():
+        y, _ = layer(x, torch.ones(2, 1, 12, 16))
+        assert y.is_contiguous(memory_format=torch.channels_last)
+        again = layer(x.contiguous(memory_format=torch.channels_last), torch.ones(2, 1, 12, 16))[0]
+    assert torch.equal(y, again)
+
+
 def test_a_partial_convolution_that_doubles_takes_no_mask():
     layer = _accelerated(_filled(mat_layers.PartialConv(9, 11, up=2)))
     _assert_fused(layer, _x(9))

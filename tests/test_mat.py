@@ -10,6 +10,7 @@ import pickle
 import re
 import sys
 import types
+import weakref
 
 import numpy as np
 import pytest
@@ -691,6 +692,35 @@ def test_gradients_reach_every_weight():
     network = _small().train()
     network(*_inputs(network)).square().sum().backward()
     assert [name for name, p in network.named_parameters() if p.grad is None or not p.grad.isfinite().all()] == []
+
+
+def test_features_are_added_in_place_where_no_gradient_needs_them():
+    x, skip = torch.ones(2, 3), torch.full((2, 3), 2.0)
+    for given in ((x.clone().requires_grad_() * 1, skip), (x, skip.clone().requires_grad_())):
+        total = mat.added(*given)
+        assert total.requires_grad
+        assert torch.equal(total, torch.full((2, 3), 3.0))
+    assert torch.equal(x, torch.ones(2, 3))
+    assert mat.added(x, skip) is x
+    assert torch.equal(x, torch.full((2, 3), 3.0))
+
+
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="not run: before Python 3.11 a call holds its arguments")
+def test_features_go_with_their_level():
+    """What the encoder made for a level of the first decoder does not outlive it; at 512 px that is 56 MiB."""
+    first, alive, seen = _small(256).synthesis.first_stage, [], []
+
+    def encoded():
+        dim = first.to_style.weight.shape[1]
+        skips = tuple(torch.zeros(1, dim, side, side) for side in (128, 256))
+        alive.extend(map(weakref.ref, skips))
+        return mat.Encoded(torch.zeros(1, dim, 64, 64), torch.zeros(1, 3 * dim), skips)
+
+    for block in first.dec_conv:
+        block.register_forward_pre_hook(lambda *_: seen.append([skip() is not None for skip in alive]))
+    with torch.no_grad():
+        first.decode(encoded())
+    assert seen == [[True, True], [False, True]]
 
 
 def test_copies_are_independent():
