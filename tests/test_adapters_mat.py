@@ -8,6 +8,7 @@ import re
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 import inpaintrt as irt
@@ -543,9 +544,44 @@ def test_maps_of_tiles():
         total * 1
 
 
+@pytest.mark.parametrize("inference", [False, True])
+def test_pointwise_convolutions_of_maps_of_tiles(inference, monkeypatch):
+    """RGB is made of the pixels that were computed; every other convolution, and of a sum, is the plain one."""
+    layer = irt.accelerate(_network(), composited=True).synthesis.first_stage.dec_conv[0].conv1
+    x, style = recipe.image("x", 1, 12, 128, 128), recipe.image("style", 1, 36)
+    rgb, bias = recipe.image("rgb", 3, 12, 1, 1) - 0.5, torch.ones(3)
+    token = adapter._hole.set(adapter.Hole.of(_hole("box"), 3))
+    try:
+        with torch.inference_mode(inference):
+            lazy = _call(layer, x, style)
+            plain = lazy.values()
+            assert isinstance(lazy, TiledMap)
+            for added, weight, options in (
+                (None, rgb, {"bias": bias}),
+                (None, rgb, {"stride": 2}),
+                (None, rgb, {"padding": 1}),
+                (None, rgb[:, :4], {"groups": 3}),
+                (None, recipe.image("k3", 3, 12, 3, 3), {}),
+                (x, rgb, {}),
+            ):
+                given, expected = (lazy, plain) if added is None else (lazy + added, plain + added)
+                assert torch.equal(F.conv2d(given, weight, **options), F.conv2d(expected, weight, **options))
+            with monkeypatch.context() as patch:
+                patch.setattr(TiledMap, "values", lambda self: pytest.fail("all of it was computed"))
+                got = F.conv2d(lazy, rgb)
+    finally:
+        adapter._hole.reset(token)
+    assert type(got) is torch.Tensor
+    assert got.is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(got, F.conv2d(plain, rgb), rtol=0, atol=1e-5)
+    assert torch.equal(got == 0, (plain == 0).all(1, keepdim=True).expand_as(got))
+
+
+@pytest.mark.parametrize("grad", [False, True])
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-def test_pixels_are_read_where_they_are(layout):
+def test_pixels_are_read_where_they_are(layout, grad):
     pixels = torch.tensor([0, 7, 34, 7])
     for channels in (1, 3):
         x = recipe.image("x", 1, channels, 5, 7).contiguous(memory_format=layout)
-        assert torch.equal(read_pixels(x, pixels), x[0].flatten(1)[:, pixels].t())
+        with torch.set_grad_enabled(grad):
+            assert torch.equal(read_pixels(x, pixels), x[0].flatten(1)[:, pixels].t())

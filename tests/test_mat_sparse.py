@@ -115,6 +115,56 @@ def test_exactly_what_gradients_reach_is_needed(kind):
             assert torch.equal(result.grad.ne(0).any(1, keepdim=True), needed)
 
 
+@pytest.mark.parametrize("margin", [mat_sparse.MARGIN, mat_sparse.MARGIN_UP])
+@pytest.mark.parametrize("kind", [*HOLES, "nothing", "last column"])
+def test_tiles_hold_what_is_needed(kind, margin, monkeypatch):
+    monkeypatch.setattr(mat_sparse, "WORTH", 1.0)
+    needed = _mask(kind if kind in HOLES else "all valid") < 1
+    if kind == "last column":
+        needed[..., 77, -1] = True
+    tiles = mat_sparse.Tiles.cheapest(needed, margin)
+    covered = torch.zeros_like(needed)
+    for row, column in tiles.corners.tolist():
+        assert 0 <= row <= 128 - tiles.sides[0]
+        assert 0 <= column <= 128 - tiles.sides[1]
+        assert row % 2 == column % 2 == 0
+        covered[..., row : row + tiles.sides[0], column : column + tiles.sides[1]] = True
+    assert not (needed & ~covered).any()
+    assert tiles.covers_all == (tiles.sides == (128, 128))
+    if tiles.covers_all:
+        assert needed.float().mean() > 0.2
+    assert (tiles.count == 0) == (not needed.any())
+
+
+@pytest.mark.parametrize("margin", [mat_sparse.MARGIN, mat_sparse.MARGIN_UP])
+def test_the_cheapest_tiles(margin):
+    """By hand: rows 50 to 79, columns 33 to 63. Two bands of 16 rows, each with one tile that has all columns."""
+    tiles = mat_sparse.Tiles.cheapest(_mask("box") < 1, margin)
+    assert (tiles.corners.tolist(), tiles.sides) == ([[48, 32], [64, 32]], (16, 34))
+    assert tiles.pixels == 2 * (16 + 2 * margin) * (34 + 2 * margin)
+    whole = mat_sparse.Tiles.cheapest(_mask("all hole") < 1, margin)
+    assert (whole.covers_all, whole.corners.tolist(), whole.sides) == (True, [[0, 0]], (128, 128))
+
+
+def test_tiles_that_overlap():
+    """At the right border, where the last tile of a piece moves to the left; each pixel's gradient counts once."""
+    needed = torch.zeros(1, 1, 32, 64, dtype=torch.bool)
+    needed[..., 8:15, 30:] = True
+    tiles = mat_sparse.Tiles(torch.tensor([[8, 30], [8, 46], [8, 46]]), (8, 18), 1, (32, 64))
+    x = recipe.image("x", 1, 3, 32, 64).double().requires_grad_()
+    weight = recipe.image("w", 4, 3, 3, 3).double() - 0.5
+
+    def conv(x, noise):
+        return torch.nn.functional.conv2d(x, weight, padding=1)
+
+    sparse, dense = tiles.convolved(conv, x, None, 4, up=1), conv(x, None)
+    torch.testing.assert_close(sparse[..., 8:16, 30:], dense[..., 8:16, 30:], rtol=0, atol=1e-12)
+    assert (sparse[..., :30] == 0).all()
+    (found,) = torch.autograd.grad((sparse * needed).sum(), x)
+    (expected,) = torch.autograd.grad((dense * needed).sum(), x)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+
+
 def test_work():
     """Tiles by hand: a hole inside one tile, at three levels of a decoder with the public widths."""
     hole = torch.zeros(1, 1, 512, 512, dtype=torch.bool)

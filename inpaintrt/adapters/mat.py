@@ -28,6 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from inpaintrt.models import mat
+from inpaintrt.models.mat_layers import Size
 from inpaintrt.models.mat_sparse import MARGIN, MARGIN_UP, LevelPlan, Tiles, decoder_plan
 from inpaintrt.runtime.swap import Adapter, Record, disabled, record_of, restore_module, swap
 from inpaintrt.testing.compare import flat_tensors
@@ -58,7 +59,7 @@ class Hole:
     levels: dict[tuple[int, ...], LevelPlan]
     dense: int = 0
     done: int = 0
-    tiles: set[int] = field(default_factory=set)
+    tiles: set[Size] = field(default_factory=set)
 
     @staticmethod
     def of(mask: Tensor, levels: int) -> Hole:
@@ -69,12 +70,12 @@ class Hole:
         """Note a layer's work on each sample, at `cost` multiply-adds for each of a map's pixels."""
         self.dense += cost * pixels * len(tiles)
         self.done += cost * sum(pixels if t.covers_all else t.pixels for t in tiles)
-        self.tiles |= {t.tile for t in tiles if not t.covers_all and t.count}
+        self.tiles |= {t.sides for t in tiles if not t.covers_all and t.count}
 
     @property
     def note(self) -> str:
         share = 1 - self.done / self.dense if self.dense else 0.0
-        of = f", in tiles of {' and '.join(map(str, sorted(self.tiles)))} pixels" if self.tiles else ""
+        of = f", in tiles of {' and '.join(f'{h}×{w}' for h, w in sorted(self.tiles))} pixels" if self.tiles else ""
         return f"composited: the last call skipped {share:.0%} of the decoders' convolutions{of}"
 
 
@@ -135,7 +136,7 @@ class TiledConvolution:
         if all(t.covers_all for t in tiles):
             return with_noise(module, layer, form, style, gain, x, noise)
         results = []
-        compute = Tiles.convolved if len(tiles) > 1 or up == 1 else convolved_lazily  # what doubles is added to
+        compute = Tiles.convolved if len(tiles) > 1 else convolved_lazily
         for b, own in enumerate(tiles):
             one = slice(b, b + 1)
             apply = functools.partial(with_noise, module, layer, form, style[one], gain)

@@ -1,9 +1,10 @@
 """A map of features of which only tiles were computed, and to which other maps may still have to be added.
 
-Between the two convolutions of a decoder's level, a network adds its encoder's features. At the largest level that is a pass
-over three maps of the whole image for a sum of which the second convolution reads a few tiles. So the first one returns a
-`TiledMap`: it keeps the pixels that were computed, notes what is added to it, and gives the tiles that the second one asks
-for. To everybody else it is the tensor that it stands for: any other operation computes all of it first.
+Between the two convolutions of a decoder's level, a network adds its encoder's features, and makes RGB of what the second one
+returns. At the largest level those would be passes over maps of the whole image, of which tiles are needed. So both return a
+`TiledMap`: it keeps the pixels that were computed, notes what is added to it, and gives the tiles that a convolution asks
+for. To everybody else it is the tensor that it stands for: but for a pointwise convolution, any other operation computes all
+of it first.
 """
 
 from __future__ import annotations
@@ -14,16 +15,16 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-from inpaintrt.models.mat_sparse import Convolution, Tiles, read_pixels
+from inpaintrt.models.mat_sparse import Convolution, Tiles, read_pixels, rows_of
 
 
 class TiledMap(Tensor):
     """Made by `convolved_lazily`; (1, C, H, W), 0 where no tile was computed, and without a gradient."""
 
     _rows: Tensor
-    """(n + 1, C): computed pixels, and zeros."""
+    """(n, C): computed pixels, with the margins of tiles."""
     _where: Tensor
-    """int64 (H · W): which of them each pixel is."""
+    """int64 (H · W): which of them each pixel is; −1: 0."""
     _added: list[tuple[Tensor, int]]
     """Maps to be added, and their versions when that was asked."""
 
@@ -31,7 +32,7 @@ class TiledMap(Tensor):
 
     def read(self, pixels: Tensor) -> Tensor:
         """(len(pixels), C), of pixels counted row by row."""
-        result = self._rows.index_select(0, self._where.index_select(0, pixels))
+        result = _picked(self._rows, self._where.index_select(0, pixels))
         for other, version in self._added:
             if _version(other) != version:
                 raise RuntimeError("a map was changed in place after it was added to one of which tiles are computed")
@@ -40,9 +41,14 @@ class TiledMap(Tensor):
 
     def values(self) -> Tensor:
         """All of it, channels-last."""
-        _, channels, height, width = self.shape
-        every = torch.arange(height * width, device=self._where.device)
-        return self.read(every).view(1, height, width, channels).permute(0, 3, 1, 2)
+        return self._spread(self.read(torch.arange(len(self._where), device=self._where.device)))
+
+    def pointwise(self, weight: Tensor) -> Tensor:
+        """Its convolution with weight (Cout, C, 1, 1), channels-last. Nothing was added to it."""
+        return self._spread(_picked(self._rows @ weight[:, :, 0, 0].t(), self._where))
+
+    def _spread(self, pixels: Tensor) -> Tensor:
+        return pixels.view(1, *self.shape[2:], pixels.shape[1]).permute(0, 3, 1, 2)
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
@@ -57,11 +63,33 @@ class TiledMap(Tensor):
                     return _made(own._rows, own._where, added, own.shape)
                 own._added = added
                 return own
+        if func in _CONVOLUTIONS and not kwargs and _is_pointwise(*args):
+            return args[0].pointwise(args[1])
         args, kwargs = tree_map_only(TiledMap, TiledMap.values, (args, kwargs or {}))
         return func(*args, **kwargs)
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return repr(self.values())
+
+
+_CONVOLUTIONS = (torch.ops.aten.convolution.default, torch.ops.aten.conv2d.default)
+"""The first is asked for in all modes but inference."""
+
+
+def _is_pointwise(x: Any, weight: Any, bias: Any = None, *options: Any) -> bool:
+    """Whether a convolution is of a map to which nothing is added, and mixes the channels of each pixel only."""
+    if not isinstance(x, TiledMap) or x._added or bias is not None or isinstance(weight, TiledMap):
+        return False
+    plain = ([1, 1], [0, 0], [1, 1], False, [0, 0], 1) if len(options) > 4 else ([1, 1], [0, 0], [1, 1], 1)
+    return tuple(weight.shape[1:]) == (x.shape[1], 1, 1) and tuple(options) == plain[: len(options)]
+
+
+def _picked(rows: Tensor, where: Tensor) -> Tensor:
+    """Rows (n, C) with these numbers; 0 for negative ones."""
+    missing = (where < 0).nonzero().flatten()
+    if not len(missing):
+        return rows_of(rows, where)
+    return rows_of(rows, where.clamp(min=0)).index_fill_(0, missing, 0)
 
 
 def _version(x: Tensor) -> int:
@@ -92,10 +120,5 @@ def convolved_lazily(
     """`Tiles.convolved`, as a `TiledMap` where that can be: without gradients, and where anything is left out."""
     if torch.is_grad_enabled() or tiles.covers_all or not tiles.count:
         return tiles.convolved(conv, x, noise, channels, up=up)
-    height, width = (n * up for n in x.shape[2:])
-    kept, pixels = tiles.computed(conv, x, noise, up=up)
-    rows = kept.new_zeros(len(kept) + 1, channels)
-    rows[:-1] = kept
-    where = pixels.new_full((height * width,), len(kept))
-    where[pixels] = torch.arange(len(kept), device=pixels.device)
-    return _made(rows, where, [], torch.Size((1, channels, height, width)))
+    rows, where = tiles.computed(conv, x, noise, up=up)
+    return _made(rows, where, [], torch.Size((1, channels, *tiles.extent)))

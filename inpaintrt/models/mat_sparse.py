@@ -5,12 +5,13 @@ size, RGB. So what has to be computed is the hole at the largest level, and belo
 next one needs. The result is the dense decoder's at every hole pixel, up to the order of sums; elsewhere it is not defined
 and must be replaced, not multiplied by 0.
 
-`decoder_plan` says which tiles; `decode_tiles` runs the decoder's own modules on these tiles, stacked into one tall image.
+`decoder_plan` says which pixels; `decode_tiles` runs the decoder's own modules on tiles that hold them, stacked into one tall
+image.
 """
 
 from __future__ import annotations
 
-import functools
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,18 +20,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from inpaintrt.ops._shared import empty_output
+
 from .mat import Encoded, FirstStage, StyleBlock, Synthesis
-from .mat_layers import StyleConv
+from .mat_layers import Size, StyleConv
 
 Convolution = Callable[[Tensor, Tensor | None], Tensor]
 """A style-modulated convolution in one style: features and noise (None: none) to features."""
 
-TILES = (8, 16, 32)
-TILE = TILES[-1]
-"""Side of a tile, in pixels of its level. Smaller ones fit the hole better, larger ones have smaller margins."""
-WORTH = 0.4
-"""Share of a map's pixels up to which tiles are computed instead of all of it: they are gathered and put back, which on a CPU
-costs about as much as computing them."""
+TILE = 32
+"""Side of a tile of a regular grid, in pixels of its level."""
+HEIGHTS, WIDTHS = (8, 16, 32), (10, 18, 26, 34, 42, 50, 58, 66, 98, 130)
+"""Sides of tiles that are placed where they are needed. Smaller ones fit the hole better, larger ones have smaller margins.
+With their margins, Winograd's tiles of 4 pixels fit these widths without remainder, at both sizes of a doubling convolution.
+"""
+WORTH = 0.8
+"""Share of a map's pixels, margins counted, up to which tiles are computed instead of all of it: they are gathered first."""
 MARGIN, MARGIN_UP = 1, 2
 """Pixels of a result that the border of a stacked tile spoils: of a 3×3 convolution, and of a doubling one, where one pixel
 of margin below is two above, of which its filter spoils both."""
@@ -183,49 +188,66 @@ def _in_style(conv: StyleConv, style: Tensor) -> Convolution:
 
 @dataclass(frozen=True)
 class Tiles:
-    """The needed tiles of one sample's map, each to be computed with a margin.
+    """Tiles of one sample's map that hold all its needed pixels, each to be computed with a margin.
 
     Attributes:
-        needed: bool (rows, columns) of tiles.
-        tile: side of one.
+        corners: int64 (n, 2), row and column of the first pixel of each; even. Tiles may overlap, and then agree.
+        sides: rows and columns of each; even.
         margin: pixels around a tile that are computed with it and dropped, since the border of a stacked tile spoils them.
+        extent: rows and columns of the map, that none crosses.
     """
 
-    needed: Tensor
-    tile: int
+    corners: Tensor
+    sides: Size
     margin: int
+    extent: Size
 
     @staticmethod
     def of(needed: Tensor, tile: int, margin: int) -> Tiles:
-        """needed: bool (1, 1, H, W), of pixels. Raises: `ValueError` for tiles that do not divide the map."""
-        sides = needed.shape[2:]
-        tile = min(tile, *sides)
-        if tile < 2 or tile % 2 or any(side % tile for side in sides):
-            raise ValueError(f"tile is {tile} at a level of {sides[0]}×{sides[1]}; accepted: even divisors of both")
-        return Tiles(needed_tiles(needed, tile)[0], tile, margin)
+        """Squares of a regular grid; needed: bool (1, 1, H, W), of pixels.
+
+        Raises: `ValueError` for tiles that do not divide the map.
+        """
+        rows, columns = needed.shape[2:]
+        tile = min(tile, rows, columns)
+        if tile < 2 or tile % 2 or rows % tile or columns % tile:
+            raise ValueError(f"tile is {tile} at a level of {rows}×{columns}; accepted: even divisors of both")
+        return Tiles(needed_tiles(needed, tile)[0].nonzero() * tile, (tile, tile), margin, (rows, columns))
 
     @staticmethod
     def cheapest(needed: Tensor, margin: int) -> Tiles:
-        """Of the sides in `TILES` that divide the map, the one with the least to compute; the whole map if none saves much."""
-        sides = needed.shape[2:]
-        whole = Tiles(needed.new_ones(1, 1), max(sides), margin)  # of which `covers_all`
-        fitting = [Tiles.of(needed, t, margin) for t in TILES if not any(side % t for side in sides)]
-        return min((t for t in fitting if t.pixels < WORTH * needed.numel()), key=lambda t: t.pixels, default=whole)
+        """Of tiles with the sides in `HEIGHTS` and `WIDTHS` those with the least to compute; the whole map if none saves much.
 
-    @functools.cached_property
+        A band of rows is cut where no pixel is needed, and each piece has tiles from its first needed column on.
+        """
+        extent = rows, columns = needed.shape[2], needed.shape[3]
+        least, best = WORTH * needed.numel(), None
+        widths = [n for n in WIDTHS if n <= columns]
+        for height in (n for n in HEIGHTS if rows % n == 0):
+            pieces = _pieces(needed, height)
+            counts = _ceil(pieces[2][:, None], torch.tensor(widths, device=needed.device)).sum(0)
+            for width, count in zip(widths, counts.tolist(), strict=True):
+                cost = count * (height + 2 * margin) * (width + 2 * margin)
+                if cost < least:
+                    least, best = cost, (pieces, height, width)
+        if best is None:
+            return Tiles(needed.new_zeros(1, 2, dtype=torch.int64), extent, margin, extent)
+        pieces, height, width = best
+        return Tiles(_corners(*pieces, height, width, columns), (height, width), margin, extent)
+
+    @property
     def count(self) -> int:
-        """Waits for the device."""
-        return int(self.needed.sum())
+        return len(self.corners)
 
     @property
     def pixels(self) -> int:
         """Of the result, that are computed, margins included."""
-        return self.count * (self.tile + 2 * self.margin) ** 2
+        return self.count * (self.sides[0] + 2 * self.margin) * (self.sides[1] + 2 * self.margin)
 
     @property
     def covers_all(self) -> bool:
         """Whether the whole map is computed at no more cost."""
-        return self.pixels >= self.needed.numel() * self.tile**2
+        return self.pixels >= self.extent[0] * self.extent[1]
 
     def convolved(
         self,
@@ -247,43 +269,73 @@ class Tiles:
         """
         if self.covers_all:
             return conv(x, noise)
-        height, width = (n * self.tile for n in self.needed.shape)
         if not self.count:
-            return x.new_full((1, channels, height, width), unused).contiguous(memory_format=torch.channels_last)
-        kept, pixels = self.computed(conv, x, noise, up=up)
-        result = kept.new_full((height * width, channels), unused).index_copy_(0, pixels, kept)
-        return result.view(1, height, width, channels).permute(0, 3, 1, 2)
+            return x.new_full((1, channels, *self.extent), unused).contiguous(memory_format=torch.channels_last)
+        rows, where = self.computed(conv, x, noise, up=up)
+        pixels = (where >= 0).nonzero().flatten()
+        result = rows.new_full((len(where), channels), unused)
+        result.index_copy_(0, pixels, rows.index_select(0, where.index_select(0, pixels)))
+        return result.view(1, *self.extent, channels).permute(0, 3, 1, 2)
 
     def computed(self, conv: Convolution, x: Tensor, noise: Tensor | None, *, up: int) -> tuple[Tensor, Tensor]:
-        """conv's result on these tiles, of which there is one at least, pixel by pixel, and which pixels these are.
+        """conv's result on these tiles, of which there is one at least, pixel by pixel, and where the map's pixels are in it.
 
-        Arguments as of `convolved`. Returns: (n, C); int64 (n,), counted row by row.
+        Arguments as of `convolved`. Returns: (n, C), with the margins; int64 (H · W), rows of that, or −1 where no tile is.
         """
-        height, width = (n * self.tile for n in self.needed.shape)
         over = None if noise is None else self._stacked(noise, 1)
-        stacked = conv(self._stacked(x, up), over)
-        side, inside = self.tile + 2 * self.margin, slice(self.margin, self.margin + self.tile)
-        kept = stacked.permute(0, 2, 3, 1).reshape(self.count, side, side, -1)[:, inside, inside]
-        pixels, _ = self._pixels(height, width, self.tile, 0)
-        return kept.reshape(len(pixels), -1), pixels
+        rows = conv(self._stacked(x, up), over).permute(0, 2, 3, 1).flatten(0, 2)
+        height, width = (n + 2 * self.margin for n in self.sides)
+        numbers = torch.arange(self.count * height * width, device=self.corners.device).view(self.count, height, width)
+        inside = numbers[:, self.margin : height - self.margin, self.margin : width - self.margin]
+        pixels, _ = self._pixels(1, 0)
+        return rows, pixels.new_full((math.prod(self.extent),), -1).index_copy_(0, pixels, inside.flatten())
 
     def _stacked(self, x: Tensor, up: int) -> Tensor:
-        """(1, C, tiles · side, side), channels-last: tiles with their margins one below the other, zeros outside the map."""
-        channels, height, width = x.shape[1:]
-        tile, margin = self.tile // up, self.margin // up
-        pixels, outside = self._pixels(height, width, tile, margin)
+        """(1, C, tiles · height, width), channels-last: tiles with their margins one below the other, zeros outside the map."""
+        pixels, outside = self._pixels(up, self.margin // up)
         stack = read_pixels(x, pixels)
         if len(outside):
             stack.index_fill_(0, outside, 0)
-        return stack.view(1, -1, tile + 2 * margin, channels).permute(0, 3, 1, 2)
+        width = (self.sides[1] + 2 * self.margin) // up
+        return stack.view(1, -1, width, x.shape[1]).permute(0, 3, 1, 2)
 
-    def _pixels(self, height: int, width: int, tile: int, margin: int) -> tuple[Tensor, Tensor]:
-        """Numbers of all pixels of all tiles in a map read row by row, and which of them are outside the map."""
-        steps = torch.arange(-margin, tile + margin, device=self.needed.device)
-        down, across = ((n[:, None] * tile + steps) for n in self.needed.nonzero().unbind(1))
+    def _pixels(self, up: int, margin: int) -> tuple[Tensor, Tensor]:
+        """Numbers of all pixels of all tiles in a map of 1/up the size, read row by row, and which of them are outside it.
+
+        margin: of that map's pixels.
+        """
+        height, width = (n // up for n in self.extent)
+        down, across = (
+            corner[:, None] // up + torch.arange(-margin, side // up + margin, device=corner.device)
+            for corner, side in zip(self.corners.unbind(1), self.sides, strict=True)
+        )
         outside = ((down < 0) | (down >= height))[:, :, None] | ((across < 0) | (across >= width))[:, None, :]
         pixels = down.clamp(0, height - 1)[:, :, None] * width + across.clamp(0, width - 1)[:, None, :]
         return pixels.flatten(), outside.flatten().nonzero().flatten() if margin else pixels.new_empty(0)
+
+
+def _pieces(needed: Tensor, height: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Of each band of `height` rows the runs of columns with a needed pixel: number of the band, first column, length.
+
+    Columns are looked at in pairs, so that all is even. needed: bool (1, 1, H, W), W even, H a multiple of `height`.
+    """
+    bands = needed.reshape(-1, height, needed.shape[3] // 2, 2).any(3).any(1)
+    edges = F.pad(bands.char(), (1, 1)).diff(dim=1)
+    (band, start), end = (edges == 1).nonzero().unbind(1), (edges == -1).nonzero()[:, 1]
+    return band, 2 * start, 2 * (end - start)
+
+
+def _corners(band: Tensor, start: Tensor, length: Tensor, height: int, width: int, columns: int) -> Tensor:
+    """Corners of the tiles of all pieces, moved to the left where they would cross the map's border."""
+    count = _ceil(length, width)
+    first = (count.cumsum(0) - count).repeat_interleave(count)
+    number = torch.arange(len(first), device=first.device) - first  # in its piece
+    left = (start.repeat_interleave(count) + number * width).clamp(max=columns - width)
+    return torch.stack([band.repeat_interleave(count) * height, left], 1)
+
+
+def _ceil(length: Tensor, width: int | Tensor) -> Tensor:
+    return (length + width - 1).div(width, rounding_mode="floor")
 
 
 def read_pixels(x: Tensor, pixels: Tensor) -> Tensor:
@@ -294,5 +346,20 @@ def read_pixels(x: Tensor, pixels: Tensor) -> Tensor:
     if hasattr(x, "read"):  # a map of tiles, which knows best
         return x.read(pixels)  # type: ignore[no-any-return]
     if x.is_contiguous() and x.shape[1] > 1:
-        return x.flatten(2)[0].index_select(1, pixels).t().contiguous()
-    return x.permute(0, 2, 3, 1).flatten(0, 2).index_select(0, pixels)
+        planes = _selected(x.flatten(2)[0], 1, pixels).t()
+        return planes.contiguous() if torch.is_grad_enabled() else empty_output(planes.shape, x).copy_(planes)
+    return rows_of(x.permute(0, 2, 3, 1).flatten(0, 2), pixels)
+
+
+def rows_of(x: Tensor, numbers: Tensor) -> Tensor:
+    """x[numbers], (n, C)."""
+    return _selected(x, 0, numbers)
+
+
+def _selected(x: Tensor, dim: int, numbers: Tensor) -> Tensor:
+    """In memory that was used before, if no gradient is wanted: new pages cost five times the copy."""
+    if torch.is_grad_enabled():
+        return x.index_select(dim, numbers)
+    shape = [*x.shape]
+    shape[dim] = len(numbers)
+    return torch.index_select(x, dim, numbers, out=empty_output(shape, x))
