@@ -75,7 +75,7 @@ class Hole:
     @property
     def note(self) -> str:
         share = 1 - self.done / self.dense if self.dense else 0.0
-        of = f", in tiles of {' and '.join(f'{h}×{w}' for h, w in sorted(self.tiles))} pixels" if self.tiles else ""
+        of = f", in tiles of {', '.join(f'{h}×{w}' for h, w in sorted(self.tiles))} pixels" if self.tiles else ""
         return f"composited: the last call skipped {share:.0%} of the decoders' convolutions{of}"
 
 
