@@ -11,11 +11,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from . import adapters
 from .report import Report
 from .runtime.dispatch import launches, numerics_of
+from .runtime.draws import noted, replayed, seeded
 from .runtime.inverse import inverse_note, numpy_inverse
 from .runtime.probe import in_double
 from .runtime.swap import Adapter, Record, arranged, disabled, policy_of, record_of
@@ -133,7 +133,7 @@ def _judge_parts(model: nn.Module, example: tuple[Any, ...]) -> Iterator[tuple[d
 
     handles = [part.original.register_forward_pre_hook(keep, with_kwargs=True) for part in parts]
     try:
-        with disabled():
+        with disabled(), seeded(model, example):
             model(*_clone(example))
     finally:
         for handle in handles:
@@ -146,7 +146,7 @@ def _judge_parts(model: nn.Module, example: tuple[Any, ...]) -> Iterator[tuple[d
 
 def _judge(part: _Part, args: tuple[Any, ...]) -> tuple[dict[str, Any], str]:
     """The row of one part, and a note where it passes only by the numpy rule."""
-    with launches() as heard, _kept(part.original), _seeded():
+    with launches() as heard, _kept(part.original), seeded(part.original, args):
         actual = flat_tensors(part.fused(*_clone(args)))
     numerics = numerics_of(heard)
     expected, truth = _original(part.original, args)
@@ -161,12 +161,12 @@ def _judge(part: _Part, args: tuple[Any, ...]) -> tuple[dict[str, Any], str]:
 
 
 def _original(module: nn.Module, args: tuple[Any, ...]) -> tuple[list[Tensor], list[Tensor]]:
-    """The original's outputs in its own dtype and in float64."""
+    """The original's outputs in its own dtype and in float64, from the same random numbers."""
     with disabled(), _kept(module):
         wide = copy.deepcopy(module).double()
-        with _seeded():
+        with seeded(module, args), noted() as random:
             expected = flat_tensors(module(*_clone(args)))
-        with _default_double(), _seeded(), _SingleNoise():
+        with _default_double(), seeded(module, args), replayed(random.draws):
             truth = flat_tensors(wide(*in_double(_clone(args))))
     return expected, truth
 
@@ -180,26 +180,6 @@ def _kept(module: nn.Module) -> Iterator[None]:
     finally:
         for tensor, value in before:
             tensor.data.copy_(value)
-
-
-class _SingleNoise(TorchFunctionMode):
-    """Within this context modules in float64 draw the normal numbers that they draw in float32."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func is torch.randn and kwargs.get("dtype") is None:
-            return func(*args, **kwargs, dtype=torch.float32).double()
-        if func is Tensor.normal_ and args[0].dtype == torch.float64:
-            return args[0].copy_(torch.empty_like(args[0], dtype=torch.float32).normal_(*args[1:], **kwargs))
-        return func(*args, **kwargs)
-
-
-@contextlib.contextmanager
-def _seeded() -> Iterator[None]:
-    """All runs of a part draw the same noise."""
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(0)
-        yield
 
 
 @contextlib.contextmanager
