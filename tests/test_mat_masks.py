@@ -5,9 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from inpaintrt import models
+import inpaintrt as irt
+from inpaintrt import models, ops
 from inpaintrt.models import mat_layers, mat_masks
 from inpaintrt.models.mat_masks import ALL_VALID, NONE_VALID, SOME_VALID
+from inpaintrt.ops.window_attention import windows
+from inpaintrt.runtime.swap import insistent, record_of
 from inpaintrt.testing import recipe
 
 
@@ -133,6 +136,31 @@ def test_windows_without_a_valid_token_hold_one_vector():
         nothing = plan.partial["tran.0.conv"].valid.flatten() == 0
         assert nothing.any()
         assert (outputs["group"][0, nothing] == 0).all()
+
+
+@pytest.mark.parametrize("kind", ["half", "all hole"])
+def test_fused_blocks_meet_one_value_in_them(kind, monkeypatch):
+    """Bit for bit, which is what `window_attention` computes such windows in closed form by."""
+    stage, mask = _stage(), masks_of(kind)
+    steps = iter(mat_masks.mask_plan(mask, 128).attention.values())
+    found = []
+
+    def spied(q, k, v, **options):
+        if options["mask"] is not None:
+            step = next(steps)
+            assert torch.equal(step.mask, options["mask"])
+            values = windows(v, options["window_size"], options["shift"])[0][(step.kinds == NONE_VALID).flatten()]
+            assert torch.equal(values, values[:1, :1].expand_as(values))
+            found.append(len(values))
+        return original(q, k, v, **options)
+
+    irt.accelerate(stage)
+    assert all(record_of(block).adapter.name == "mat.block" for group in stage.tran for block in group.blocks)
+    original = ops.window_attention
+    monkeypatch.setattr(ops, "window_attention", spied)
+    with torch.no_grad(), insistent():
+        stage.encode(recipe.image("image", 1, 3, 128, 128) * 2 - 1, mask, torch.ones(1, 2, 4), torch.ones(1, 256, 6))
+    assert found == {"half": [24, 16, 0, 0, 0], "all hole": [64, 64, 4, 4, 4]}[kind]
 
 
 def test_half_precision_masks_are_counted_in_float32():

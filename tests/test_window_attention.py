@@ -247,6 +247,50 @@ def test_an_invalid_region_sees_its_own_keys_and_valid_ones_beyond_the_seam(back
     torch.testing.assert_close(out[own].double(), weights @ values[usable], rtol=0, atol=2e-5)
 
 
+def _vacant(shift: int) -> tuple[list[Tensor], Tensor, Tensor]:
+    """Of 24×16 tokens in windows of 8 those of the first two have no valid one, and one value (of 30 awkward numbers)."""
+    q, k, v = qkv(1, 24, 16, 60, scale=0.6)
+    mask = (noise(1, 24, 16, 1, seed=3) > 0).float()
+    cut = windows(v, 8, shift)
+    cut[:, :2] = noise(60, seed=4) / 3
+    valid = windows(mask, 8, shift)
+    valid[:, :2] = 0
+    return [q, k, from_windows(cut, 24, 16, 8, shift)], from_windows(valid, 24, 16, 8, shift), cut[:, :2]
+
+
+@pytest.mark.parametrize("shift", [0, 3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_windows_without_a_valid_token_in_closed_form(backend: str, dtype: torch.dtype, shift: int) -> None:
+    """One value in, that value out: bit for bit from the kernel that does not compute any weights for it."""
+    inputs, mask, value = _vacant(shift)
+    options: dict[str, Any] = {"window_size": 8, "num_heads": 2, "shift": shift, "mask": mask}
+    inputs = [t.to(dtype) for t in inputs]
+    got = run(backend, *inputs, **options)
+    truth = by_the_reference(torch.float64, *inputs, **options)
+    assert_close_to_truth(got, truth, by_the_reference(torch.float32, *inputs, **options).to(dtype))
+    found = windows(got, 8, shift)[:, :2]
+    if backend == "cpu" or dtype != torch.float32:
+        assert torch.equal(found, value.to(dtype))
+    torch.testing.assert_close(found.float(), value.to(dtype).float(), rtol=2e-6, atol=0)
+
+
+@pytest.mark.parametrize("what", [torch.nan, torch.inf, 1e20])
+@pytest.mark.parametrize("operand", [0, 1, 2])
+def test_one_value_is_none_where_logits_are_not_finite(backend: str, operand: int, what: float) -> None:
+    """In a window without a valid token; 10²⁰ in queries and keys overflows where they meet."""
+    inputs, mask, _ = _vacant(0)
+    inputs[operand][0, 2, 1, 3] = what
+    if what == 1e20 and operand < 2:
+        inputs[1 - operand][0, 5, 5, 3] = what
+    if operand == 2:
+        inputs[2][0, :8, :8, 3] = what
+    options: dict[str, Any] = {"window_size": 8, "num_heads": 2, "mask": mask}
+    got, base = run(backend, *inputs, **options), by_the_reference(torch.float32, *inputs, **options)
+    assert torch.equal(got[0, :8].isfinite(), base[0, :8].isfinite())
+    assert bool(got[0, :8].isfinite().all()) == (operand == 2 and what == 1e20)
+    torch.testing.assert_close(got, base, rtol=1e-5, atol=1e-6, equal_nan=True)
+
+
 @pytest.mark.parametrize("shift", [0, 1, 4, 7])
 @pytest.mark.parametrize("heads", [1, 2, 3])
 def test_masks_of_all_sorts(backend: str, heads: int, shift: int) -> None:

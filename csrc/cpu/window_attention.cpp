@@ -16,6 +16,12 @@
 //           used, is below 2⁻²⁴: float32 would not show them. The norms are those of the window's own data, and one
 //           that is not finite forbids it.
 //   exact   everything else, and all calls with a bias: all keys, all addends, added in the order of the definition.
+//
+// Weights add up to 1, so where all values are one vector, that is the result. Windows without a valid token are asked
+// for it: MAT's have it, since what comes into its transformer is 0 where nothing is valid.
+#include <cfloat>
+#include <cstring>
+
 #include "arena.h"
 #include "gemm.h"
 #include "kernel.h"
@@ -155,6 +161,11 @@ class Attention {
     queries_ = staged_[Window::kQ] + h * s_.head;
     keys_ = staged_[Window::kK] + h * s_.head, values_ = staged_[Window::kV] + h * s_.head;
     float* output = output_ + h * s_.channels;
+    if (window_.vacant && holds_one_value()) {
+      const size_t bytes = static_cast<size_t>(s_.channels) * sizeof(float);
+      for (int64_t t = 0; t < s_.tokens; ++t) memcpy(output + t * s_.together * s_.channels, values_, bytes);
+      return;
+    }
     if (window_.way == Window::kSparse && negligible()) {
       for (int i = 0; i < window_.regions; ++i) sparse(window_.region[i], output);
       return;
@@ -257,12 +268,25 @@ class Attention {
     return static_cast<double>(sum_of_lanes(squares));
   }
 
+  // What no |q·k| of the window is above.
+  double longest() const { return std::sqrt(largest(queries_, s_.row, W) * largest(keys_, W, s_.block)); }
+
+  // Whether all values are one vector, bit for bit, and all logits finite: else the result is none.
+  bool holds_one_value() const {
+    const size_t bytes = static_cast<size_t>(s_.row) * sizeof(float);
+    for (int64_t t = 1; t < s_.tokens; ++t) {
+      if (memcmp(values_, values_ + t * s_.row, bytes) != 0) return false;
+    }
+    const double most = 0.25 * static_cast<double>(FLT_MAX);
+    return std::isfinite(values_squared(window_.all, 1)) && longest() * std::fmax(1.0, std::fabs(call_.scale)) < most &&
+           std::fabs(call_.mask_value) < most;
+  }
+
   bool negligible() const {
     double gap = INFINITY;
     for (int i = 0; i < window_.regions; ++i) gap = window_.region[i].gap < gap ? window_.region[i].gap : gap;
     if (gap == INFINITY) return true;  // nothing is left out
-    const double norms = std::sqrt(largest(queries_, s_.row, W) * largest(keys_, W, s_.block));
-    const double spread = 2.0 * std::fabs(static_cast<double>(call_.scale)) * norms;
+    const double spread = 2.0 * std::fabs(static_cast<double>(call_.scale)) * longest();
     const double room = gap - spread - kNegligible - std::log(static_cast<double>(s_.tokens));
     if (!(room > 0.0)) return false;
     const double all = values_squared(window_.all, s_.tokens);

@@ -48,6 +48,7 @@ class Window {
   int regions = 0;
   Way way = kPlain;
   bool masked = false;         // the mask adds something that does not cancel
+  bool vacant = false;         // no token is valid, and nothing but the mask and seams is added
   int64_t* offsets[kTensors];  // of the tokens
   float* added;                // by the mask, per token
   int32_t *all, *region_of;    // 0, 1, 2 …; the region of a token
@@ -82,6 +83,7 @@ class Window {
       }
     }
     masked = call_.mask && !(finite && uniform);
+    vacant = call_.mask && finite && uniform && added[0] == call_.mask_value && !call_.bias;
     split(row == call_.down() - 1, column == call_.across() - 1);
     way = call_.bias || !finite ? kExact : regions > 1 || masked ? kSparse : kPlain;
     if (way == kSparse) choose_keys();

@@ -2,7 +2,8 @@
 
 Which tokens are valid, and by what partial convolutions multiply their results, depends on no feature. So it can be
 computed once for an image: for all calls with the same mask, before the first layer runs, and with integers' exactness
-where the mask is 0 and 1. `mask_plan` gives what the layers of `models.mat` compute on their way.
+where the mask is 0 and 1. `mask_plan` gives what the layers of `models.mat` compute on their way, where it takes less
+than a thousandth of a forward's time: maps of one channel. So layers do not share a plan, and any of them can be called alone.
 """
 
 from __future__ import annotations

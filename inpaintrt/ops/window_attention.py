@@ -13,6 +13,11 @@ mask_value is a number, not −∞, and that decides results. Where all keys of 
 is that without a mask. Where a query's own region has no valid key, its own invalid keys and the *valid* keys of the
 other regions tie at −100: information crosses the seam of a rolled map exactly there.
 
+**Windows without a valid token, in closed form.** Their addends cancel, so no mask is looked at. MAT's hold one vector,
+as its partial convolutions leave 0 where nothing is valid; weights add up to 1, so that the result is the value itself,
+whatever weights are. The CPU kernel compares the values of such a window, and computes no weights where they agree.
+What a network's masks are at each of its layers follows from the input's mask alone: `models.mat_masks`.
+
 Eager torch rolls, cuts windows out, writes every score five times over, and copies all of it back; the kernels compute
 addresses instead. Where norms bound the logits, keys whose weights would vanish in float32 are left out, with their products and
 exponentials.
