@@ -101,6 +101,22 @@ def test_every_refusal_names_something():
             assert all(isinstance(r, str) and len(r) > 10 for r in reasons)
 
 
+def test_backends_are_asked_once_whether_they_are_there(monkeypatch):
+    """Not on every call of a layer that asks what speaks against it: to look for a package takes longer than small layers."""
+    dispatcher, asked = dispatchers["gated_activation"], []
+    dispatcher.clear()
+    monkeypatch.setattr("inpaintrt.backends.cupy.missing", lambda op, device: asked.append(op) or "it is elsewhere")
+    for _ in range(2):
+        found = dispatcher.reasons((Y, "elu", None, 1.0), Y)["cupy"]
+        assert found == ["it is elsewhere"]
+        found.clear()  # the caller's own
+    assert asked == ["gated_activation"]
+    dispatcher.clear()
+    assert dispatcher.reasons((Y, "elu", None, 1.0), Y)["cupy"]
+    assert len(asked) == 2
+    dispatcher.clear()
+
+
 def test_automatic_fallback_says_so_once(caplog):
     dispatchers["gated_activation"].clear()
     with caplog.at_level(logging.INFO, logger="inpaintrt"):

@@ -94,6 +94,7 @@ class Dispatcher:
         self.reference = reference
         self.out = out
         self._cache: dict[tuple[str, torch.dtype, torch.device], tuple[Candidate, ...]] = {}
+        self._absences: dict[tuple[str, torch.dtype, torch.device], tuple[str, ...]] = {}
         self._told: set[tuple[str, ...]] = set()
 
     def __call__(self, args: Args, key: Tensor) -> Outputs:
@@ -123,15 +124,17 @@ class Dispatcher:
         """Every backend with the sentences that speak against it for this call; an empty list means that it can run."""
         result = {}
         for backend, lane in self.lanes.items():
-            sentences = self._static(backend, lane, key.dtype, key.device)
-            if not sentences:
-                sentences = list(_refusals(lane, args))
-            result[backend] = sentences
+            lookup = (backend, key.dtype, key.device)
+            static = self._absences.get(lookup)
+            if static is None:
+                static = self._absences[lookup] = tuple(self._static(backend, lane, key.dtype, key.device))
+            result[backend] = list(static or _refusals(lane, args))
         return result
 
     def clear(self) -> None:
         """Forget which backends are present (tests, and after an installation changed under a running process)."""
         self._cache.clear()
+        self._absences.clear()
         self._told.clear()
 
     def _candidates(self, chosen: str, dtype: torch.dtype, device: torch.device) -> Iterator[Candidate]:
