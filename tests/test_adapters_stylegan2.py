@@ -84,9 +84,15 @@ def _wide_items(kwargs):
     return {name: _wide(value) for name, value in kwargs.items()}
 
 
+def _why(module, args):
+    """Why a call is the original's, other than that it is the faster one on so small an image."""
+    with insistent():
+        return why_original(module, args, {})
+
+
 def _assert_original(module, why, *args):
-    assert why in why_original(module, args, {})
-    with launches() as heard:
+    assert why in _why(module, args)
+    with launches() as heard, insistent():
         got = _run(module, *args)
     assert not heard
     with irt.disabled():
@@ -173,7 +179,7 @@ def test_a_mode_in_which_the_original_fails_fails_as_it_does():
 
 def test_stored_noise_of_another_size_is_the_originals_matter():
     layer = _accelerated(_filled(foreign.StyleConv(9, 11, W, 12, use_noise=True)))
-    assert "its noise is" in why_original(layer, (_x(9, 8), _style(), "const"), {})
+    assert "its noise is" in _why(layer, (_x(9, 8), _style(), "const"))
     with pytest.raises(RuntimeError):
         layer(_x(9, 8), _style(), noise_mode="const")
 
@@ -192,9 +198,33 @@ def test_mats_pictures_are_added_up(size, clamp):
 
 def test_a_picture_of_another_size_is_the_originals_matter():
     layer = _accelerated(_filled(foreign.ToRGB(9, 3, W)))
-    assert "another shape" in why_original(layer, (_x(9), _style(), _x(3, 5)), {})
+    assert "another shape" in _why(layer, (_x(9), _style(), _x(3, 5)))
     with pytest.raises(RuntimeError):
         layer(_x(9), _style(), _x(3, 5))
+
+
+@pytest.mark.parametrize(
+    ("layer", "given"),
+    [
+        (mat_layers.StyleConv(9, 11, W), (_style(),)),
+        (stylegan2_layers.StyledConvolution(9, 11, W, size=None), (_style(),)),
+        (stylegan2_layers.PortStyledConvolution(9, 11, W), (_style(),)),
+        (mat_layers.Conv2dLayer(9, 11, 3), ()),
+        (mat_layers.PartialConv(9, 11), ()),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else "",
+)
+def test_tiny_calls_ask_nothing_of_the_layer(layer, given, monkeypatch):
+    """Finding out what it is takes longer than they do."""
+    layer = _accelerated(_filled(layer))
+    large = _x(9, 40)
+    assert stylegan2_adapters._WORK < 2 * 40 * 40 * 9 * 11 * 9
+    assert why_original(layer, (large, *given), {}) == ""
+    for module in (adapters, adapters.stylegan2_partial):
+        monkeypatch.setattr(module, "layer_of", None)
+    assert "so small an input, (2, 9, 4, 4)" in why_original(layer, (_x(9, 4), *given), {})
+    with pytest.raises(TypeError):
+        why_original(layer, (large, *given), {})
 
 
 @pytest.mark.parametrize("up", [False, True])
@@ -224,7 +254,7 @@ def test_each_image_has_its_style():
 @pytest.mark.parametrize("shape", [(2, W + 1), (1, W), (2, 1, W)])
 def test_styles_of_another_shape_are_the_originals_matter(shape):
     layer, x = _synthesis("plain")
-    assert "its style is" in why_original(layer, (x, torch.zeros(shape)), {})
+    assert "its style is" in _why(layer, (x, torch.zeros(shape)))
 
 
 # ---- layers without a style -----------------------------------------------------------------------------------------
@@ -251,7 +281,7 @@ def test_convolutions(name, size):
     x = _x(9, *size)
     assert record_of(layer).adapter.name == "stylegan2.convolution"
     if min(size) == 1 and "down" in name:
-        assert "too small to be halved" in why_original(layer, (x,), {})
+        assert "too small to be halved" in _why(layer, (x,))
     else:
         _assert_fused(layer, x)
 
@@ -259,7 +289,7 @@ def test_convolutions(name, size):
 def test_gain_of_a_convolution():
     layer = _accelerated(_filled(CONVOLUTIONS["down"]()))
     _assert_fused(layer, _x(9), gain=0.5)
-    assert "gain" in why_original(layer, (_x(9), 0), {})
+    assert "gain" in _why(layer, (_x(9), 0))
 
 
 @pytest.mark.parametrize("down", [1, 2])
@@ -295,7 +325,7 @@ def test_a_partial_convolution_that_doubles_takes_no_mask():
     layer = _accelerated(_filled(mat_layers.PartialConv(9, 11, up=2)))
     _assert_fused(layer, _x(9))
     with insistent():
-        assert "no form" in why_original(layer, (_x(9), torch.ones(2, 1, 12, 12)), {})
+        assert "no form" in _why(layer, (_x(9), torch.ones(2, 1, 12, 12)))
 
 
 # ---- what holds of all ----------------------------------------------------------------------------------------------
@@ -507,7 +537,7 @@ def test_migans_generator(build):
     assert len(heard) == len(layers) > 8
     assert got.stride() == expected.stride()
     assert_close_to_truth(got, truth, expected, numerics=numerics_of(heard), context="migan")
-    assert "channels-last already" in why_original(network, (x.contiguous(memory_format=torch.channels_last),), {})
+    assert "channels-last already" in _why(network, (x.contiguous(memory_format=torch.channels_last),))
     with insistent():
         report = irt.verify(network, x)
     assert report.ok, str(report)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from . import stylegan2_partial
 from .stylegan2_forms import form_of
-from .stylegan2_layers import Form, Layer, layer_of, makes_picture, refuses, styled
+from .stylegan2_layers import Form, Layer, layer_of, makes_picture, refuses, styled, why_tiny
 
 
 class StyledAdapter:
@@ -39,6 +39,9 @@ class StyledAdapter:
             return styled(module, *_read(module), args)
 
     def refuses(self, module: Any, *args: Any) -> Iterator[str]:
+        if why := why_tiny(module, args):
+            yield why
+            return
         layer = layer_of(module)
         form = form_of(module, layer)
         if layer is None or isinstance(form, str):

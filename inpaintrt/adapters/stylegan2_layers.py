@@ -422,11 +422,24 @@ _WORK = 2e6
 
 def why_slower(layer: Noisy, form: Form, x: Tensor) -> str:
     """Why the original is expected to be faster at this call on a CPU; empty where it is not, and for comparisons."""
-    if x.device.type != "cpu" or is_insistent():
-        return ""
     pixels = len(x) * math.prod(n // form.down for n in x.shape[2:])
-    if pixels * layer.weight.numel() < _WORK:
-        return (
-            f"torch is faster at {tuple(layer.weight.shape[:2])[::-1]} channels on so small an input, {tuple(x.shape)}"
-        )
-    return ""
+    return _too_little(pixels, layer.weight, x)
+
+
+def why_tiny(module: Any, args: Sequence[Any]) -> str:
+    """`why_slower` of calls so small that nothing need be known of the layer but its weight: asked before all else, since
+    finding out what a layer is takes longer than such a call does."""
+    x = args[0] if args else None
+    conv = module if "weight" in module._parameters else module._modules.get("conv")
+    weight = None if conv is None else conv._parameters.get("weight")
+    if not isinstance(x, Tensor) or x.dim() != 4 or weight is None or weight.dim() not in (4, 5):
+        return ""
+    if weight.shape[-4] <= PICTURE or torch.compiler.is_compiling():
+        return ""
+    return _too_little(len(x) * x.shape[2] * x.shape[3], weight, x)
+
+
+def _too_little(pixels: int, weight: Tensor, x: Tensor) -> str:
+    if pixels * weight.numel() >= _WORK or x.device.type != "cpu" or is_insistent():
+        return ""
+    return f"torch is faster at {(weight.shape[-3], weight.shape[-4])} channels on so small an input, {tuple(x.shape)}"

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from inpaintrt.testing.recipe import image
 
 from .stylegan2_forms import form_of
-from .stylegan2_layers import PICTURE, Form, Layer, layer_of, parameters_of, refuses, styled
+from .stylegan2_layers import PICTURE, Form, Layer, layer_of, parameters_of, refuses, styled, why_tiny
 from .trial import Twin, Verdicts, same, settings_of
 
 _EPS = 1e-8
@@ -121,6 +121,9 @@ class PartialAdapter:
             return masked(conv, layer, form, x, mask)
 
     def refuses(self, module: Any, *args: Any) -> Iterator[str]:
+        if why := why_tiny(module, args):
+            yield why
+            return
         conv = conv_of(module)
         known = "it is no partial convolution any more" if conv is None else takes_masks(module, conv)
         if isinstance(known, str):
