@@ -79,6 +79,13 @@ def test_a_filter_keeps_its_own_precision(dtype):
     assert torch.equal(out[..., 1:-1], torch.ones_like(out[..., 1:-1]))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("shape", [(2, 0, 4, 5), (0, 3, 4, 5)])
+def test_of_nothing_comes_nothing(shape, dtype):
+    x = torch.zeros(shape, dtype=dtype)
+    assert ops.upfirdn2d(x, torch.ones(2, 3), up=2, padding=1).shape == (*shape[:2], 9, 10)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

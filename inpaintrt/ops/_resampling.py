@@ -36,11 +36,11 @@ def resample(
 ) -> Tensor:
     """x (B, C, H, W) resampled by f (rows, columns), in the wider of both dtypes: the definition of `upfirdn2d`."""
     b, c, h, w = x.shape
+    if c == 0:  # of no channels torch has no depthwise convolution
+        return f.new_empty(b, c, *resampled_size((h, w), f.shape, up, down, padding))
     (up_x, up_y), (down_x, down_y) = up, down
     if up_x > 1 or up_y > 1:
         x = F.pad(x.reshape(b, c, h, 1, w, 1), (0, up_x - 1, 0, 0, 0, up_y - 1)).reshape(b, c, h * up_y, w * up_x)
     x = F.pad(x, list(padding))  # negative numbers crop
     weight = (f if flip_filter else f.flip([0, 1])) * gain
-    rows, columns = x.shape[2:]
-    y = F.conv2d(x.reshape(b * c, 1, rows, columns).to(weight.dtype), weight[None, None], stride=(down_y, down_x))
-    return y.reshape(b, c, *y.shape[2:])
+    return F.conv2d(x.to(weight.dtype), weight.expand(c, 1, *weight.shape), stride=(down_y, down_x), groups=c)
