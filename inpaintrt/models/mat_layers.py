@@ -1,4 +1,4 @@
-"""Layers of MAT as plain torch modules: StyleGAN2's with scaled weights, partial convolutions, masked window attention.
+"""Layers of MAT as plain torch modules: StyleGAN 2's under its names, partial convolutions, masked window attention.
 
 Weights are stored unscaled and multiplied by a constant at each call, as in the public checkpoints ("equalized learning
 rate", Karras et al., 2018). Leaky ReLUs have slope 0.2 and are followed by a gain of √2.
@@ -16,11 +16,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from inpaintrt.ops._resampling import resample
+from inpaintrt.ops.modulated_conv2d import convolve_resampled, modulated
+
+from .stylegan2_layers import EPS, doubled, fir, normalised
+
 Size = tuple[int, int]
 """Rows and columns."""
 
-EPS = 1e-8
-"""Of ratios of partial convolutions, of demodulation and of the latent's norm."""
 MASKED = -100.0
 """What a masked key's logit gets. It is finite, so keys that are all masked compete as if none were."""
 
@@ -42,42 +45,19 @@ def biased(x: Tensor, bias: Tensor, activation: str, channels: int = 1) -> Tenso
     return y.to(x.dtype)
 
 
-def resampling_filter() -> Tensor:
-    """The 4×4 low-pass filter around every change of size, of sum 1; its values are exact in bfloat16."""
-    taps = torch.tensor([1.0, 3.0, 3.0, 1.0])
-    return torch.outer(taps, taps) / 64
-
-
-def filtered(x: Tensor, taps: Tensor, padding: Size, *, up: int = 1, gain: float = 1.0) -> Tensor:
-    """x (B, C, H, W) with `up` − 1 zeros after each pixel, padded with zeros (before, after), every channel filtered.
-
-    Returns: (B, C, up·H + before + after − taps + 1, …). The filter is symmetric, so that it needs no flipping.
-    """
-    batch, channels, height, width = x.shape
-    if up > 1:
-        spread = F.pad(x.view(batch, channels, height, 1, width, 1), (0, up - 1, 0, 0, 0, up - 1))
-        x = spread.view(batch, channels, height * up, width * up)
-    before, after = padding
-    weight = (taps * gain).to(x.dtype).expand(channels, 1, *taps.shape)
-    return F.conv2d(F.pad(x, (before, after, before, after)), weight, groups=channels)
-
-
-def resampled_convolution(
-    x: Tensor, weight: Tensor, taps: Tensor, up: int = 1, down: int = 1, groups: int = 1
-) -> Tensor:
-    """Cross-correlation of x (B, groups·I, H, W) with weight (groups·O, I, k, k), "same" padding, twice or half the size.
+def resampled_convolution(x: Tensor, weight: Tensor, taps: Tensor, up: int = 1, down: int = 1) -> Tensor:
+    """Cross-correlation of x (B, I, H, W) with weight (O, I, k, k), "same" padding, twice or half the size.
 
     Half: the low-pass filter, then stride 2. Twice (3×3 only): zeros between pixels, the convolution, then the filter
     with gain 4.
     """
-    kernel = weight.shape[-1]
-    margin = kernel // 2
+    margin = weight.shape[-1] // 2
     if down == 2:
-        return F.conv2d(filtered(x, taps, (margin + 1, margin + 1)), weight, stride=2, groups=groups)
+        return F.conv2d(resample(x, taps.to(x.dtype), padding=(margin + 1,) * 4), weight, stride=2)
     if up == 2:
-        turned = weight.unflatten(0, (groups, -1)).transpose(1, 2).flatten(0, 1).flip(2, 3)
-        return filtered(F.conv_transpose2d(x, turned, stride=2, groups=groups), taps, (1, 1), gain=4.0)
-    return F.conv2d(x, weight, padding=margin, groups=groups)
+        y = F.conv_transpose2d(x, weight.transpose(0, 1).flip(2, 3), stride=2)
+        return resample(y, taps.to(x.dtype), padding=(1, 1, 1, 1), gain=4.0)
+    return F.conv2d(x, weight, padding=margin)
 
 
 class FullyConnected(nn.Module):
@@ -109,7 +89,7 @@ class Conv2dLayer(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.randn(outputs, inputs, kernel, kernel))
         self.bias = nn.Parameter(torch.zeros(outputs))
-        self.register_buffer("resample_filter", resampling_filter())
+        self.register_buffer("resample_filter", fir())
         self.activation, self.up, self.down = activation, up, down
         self.weight_gain = 1 / math.sqrt(inputs * kernel * kernel)
 
@@ -136,22 +116,17 @@ class ModulatedConv2d(nn.Module):
     ) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.randn(1, outputs, inputs, kernel, kernel))
-        self.register_buffer("resample_filter", resampling_filter())
+        self.register_buffer("resample_filter", fir())
         self.affine = FullyConnected(style_width, inputs, bias_init=1.0)
         self.demodulate, self.up = demodulate, up
         self.weight_gain = 1 / math.sqrt(inputs * kernel * kernel)
 
     def forward(self, x: Tensor, style: Tensor) -> Tensor:
         """x (B, I, H, W), style (B, style_width) → (B, O, up·H, up·W)."""
-        batch = len(x)
         scales = self.affine(wide(style))
-        weight = wide(self.weight) * self.weight_gain * scales[:, None, :, None, None]
-        if self.demodulate:
-            weight = weight * torch.rsqrt(weight.square().sum((2, 3, 4), keepdim=True) + EPS)
-        weight = weight.flatten(0, 1).to(x.dtype)
-        joined = x.reshape(1, -1, *x.shape[2:])  # one group of the convolution is one sample
-        y = resampled_convolution(joined, weight, self.resample_filter, self.up, groups=batch)
-        return y.view(batch, -1, *y.shape[2:])
+        filters = modulated(wide(self.weight[0]), scales, self.demodulate, EPS, self.weight_gain).to(x.dtype)
+        taps = self.resample_filter.to(x.dtype)
+        return convolve_resampled(x, filters, self.up, 1, self.weight.shape[-1] // 2, taps)
 
 
 class StyleConv(nn.Module):
@@ -192,7 +167,7 @@ class ToRGB(nn.Module):
     def __init__(self, inputs: int, style_width: int) -> None:
         super().__init__()
         self.bias = nn.Parameter(torch.zeros(3))
-        self.register_buffer("resample_filter", resampling_filter())
+        self.register_buffer("resample_filter", fir())
         self.conv = ModulatedConv2d(inputs, 3, 1, style_width, demodulate=False)
 
     def forward(self, x: Tensor, style: Tensor, below: Tensor | None = None) -> Tensor:
@@ -204,7 +179,7 @@ class ToRGB(nn.Module):
     def doubled(self, below: Tensor) -> Tensor:
         """RGB (B, 3, H, W) at twice the size: each pixel three quarters of the nearest one and a quarter of the next, along
         both axes, with zeros outside."""
-        return filtered(below, self.resample_filter, (2, 1), up=2, gain=4.0)
+        return doubled(below, 4 * self.resample_filter)
 
 
 class Mapping(nn.Module):
@@ -228,7 +203,7 @@ class Mapping(nn.Module):
         truncation_psi: 1 leaves the styles as they are, 0 gives the mean; of the first `truncation_cutoff` copies only.
         """
         x = z.to(wide(self.w_avg).dtype)
-        x = x * torch.rsqrt(x.square().mean(1, keepdim=True) + EPS)
+        x = normalised(x)
         for i in range(self.layers):
             x = self.get_submodule(f"fc{i}")(x)
         styles = x[:, None].repeat(1, self.copies, 1)
