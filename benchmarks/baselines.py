@@ -6,19 +6,14 @@ the same with as few passes over memory as plain PyTorch allows without gradient
 
 from __future__ import annotations
 
-import contextlib
 import copy
-from collections.abc import Iterator
 from typing import Any
-from unittest import mock
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from inpaintrt.models import stylegan2_layers
 from inpaintrt.models.partialconv_layers import PartialConv2d
-from inpaintrt.ops import modulated_conv2d
 
 EPS = 1e-8
 
@@ -100,24 +95,3 @@ def with_mask_convolutions(network: nn.Module) -> nn.Module:
             module.__class__ = MultiChannelPartialConv2d
             module.ones = torch.ones_like(module.weight)
     return network
-
-
-def resampled_by_channels(
-    x: Tensor, f: Tensor, up: Any = (1, 1), down: Any = (1, 1), padding: Any = (0, 0, 0, 0), flip_filter: bool = False,
-    gain: float = 1.0,
-) -> Tensor:  # fmt: skip
-    """`resample` of `ops/_resampling.py` as the public code of StyleGAN 2 has it: one depthwise convolution."""
-    b, c, h, w = x.shape
-    x = F.pad(x.reshape(b, c, h, 1, w, 1), (0, up[0] - 1, 0, 0, 0, up[1] - 1)).reshape(b, c, h * up[1], w * up[0])
-    filters = ((f if flip_filter else f.flip([0, 1])) * gain).expand(c, 1, *f.shape)
-    return F.conv2d(F.pad(x, list(padding)), filters, stride=(down[1], down[0]), groups=c)
-
-
-@contextlib.contextmanager
-def depthwise_filters() -> Iterator[None]:
-    """Within this context the networks with StyleGAN 2's layers pay for their filters what the public ports pay."""
-    with (
-        mock.patch.object(stylegan2_layers, "resample", resampled_by_channels),
-        mock.patch.dict(modulated_conv2d.__globals__, {"resample": resampled_by_channels}),
-    ):
-        yield

@@ -148,14 +148,6 @@ def test_model(versus, device, baselines, peers, wanted_peers, ported, name):
         as_ported = baselines.with_mask_convolutions(original)
         eager = ["eager as ported"]
         candidates["eager as ported"] = lambda: [output[:, :3] for output in as_ported(*inputs)]
-    if name == "comodgan":  # our reference filters each channel as an image of its own, which no port does
-        eager = ["eager as ported"]
-
-        def with_depthwise_filters() -> Tensor:
-            with baselines.depthwise_filters():
-                return plain(lambda: original(*inputs))  # type: ignore[no-any-return]
-
-        candidates["eager as ported"] = with_depthwise_filters
     builders = {"compile": lambda network, given: versus.compiled(network, *given, freezing=device.type == "cpu")}
     if device.type == "cpu":
         builders |= peers.PEERS
