@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from inpaintrt import ops
 from inpaintrt.ops.upfirdn2d import SPEC
@@ -77,6 +78,29 @@ def test_a_filter_keeps_its_own_precision(dtype):
     out = ops.upfirdn2d(x, f, padding=[1, 1, 0, 0])
     assert out.dtype == dtype
     assert torch.equal(out[..., 1:-1], torch.ones_like(out[..., 1:-1]))
+
+
+@pytest.mark.parametrize("op", ["upfirdn2d", "modulated_conv2d"])
+def test_nothing_of_the_image_is_copied(op):
+    """Only the filter is brought to the dtype of sums, in which half precision is what is added up, not what is stored."""
+    x, f = torch.ones(1, 32, 96, 96, dtype=torch.bfloat16), torch.ones(4, 4)
+    calls = {
+        "upfirdn2d": lambda: ops.upfirdn2d(x, f, padding=1),
+        "modulated_conv2d": lambda: ops.modulated_conv2d(
+            x, torch.ones(32, 32, 3, 3).bfloat16(), torch.ones(1, 32).bfloat16(), up=2, resample_filter=f
+        ),
+    }
+    copied = []
+
+    class Copies(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func in (torch.ops.aten._to_copy.default, torch.ops.aten.clone.default):
+                copied.append(args[0].numel())
+            return func(*args, **(kwargs or {}))
+
+    with torch.no_grad(), Copies():
+        calls[op]()
+    assert max(copied, default=0) < x.numel()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

@@ -88,4 +88,8 @@ def check_shape(name: str, t: Tensor | None, *accepted: tuple[int, ...]) -> None
 
 def single(t: Tensor) -> Tensor:
     """In the dtype of sums: float32 at least."""
-    return t if t.dtype == torch.float64 else t.float()
+    return t.to(dtype_of_sums(t))
+
+
+def dtype_of_sums(t: Tensor) -> torch.dtype:
+    return torch.float64 if t.dtype == torch.float64 else torch.float32

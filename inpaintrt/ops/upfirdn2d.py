@@ -18,7 +18,7 @@ from torch import Tensor
 from inpaintrt.runtime.library import register
 from inpaintrt.runtime.spec import Cost, Lane, OpSpec, Outputs, Sample
 
-from ._convolution import single
+from ._convolution import dtype_of_sums, single
 from ._resampling import resample, resampled_size
 from ._shared import empty_output
 
@@ -39,7 +39,7 @@ def _reference(
     gain: float = 1.0,
 ) -> Tensor:
     with torch.autocast(x.device.type, enabled=False):
-        return resample(single(x), f.to(single(x).dtype), up, down, padding, flip_filter, gain).to(x.dtype)
+        return resample(single(x), f.to(dtype_of_sums(x)), up, down, padding, flip_filter, gain).to(x.dtype)
 
 
 def _out(
@@ -117,8 +117,8 @@ _call = register(SPEC)
 def as_filter(f: Tensor | None, like: Tensor) -> Tensor:
     """A filter as (rows, columns), in the dtype of `like`'s sums: of one dimension for rows and columns, None is 1."""
     if f is None:
-        return torch.ones((1, 1), dtype=single(like).dtype, device=like.device)
-    f = f.to(single(like).dtype)
+        return torch.ones((1, 1), dtype=dtype_of_sums(like), device=like.device)
+    f = f.to(dtype_of_sums(like))
     return f[:, None] * f[None] if f.dim() == 1 else f
 
 
