@@ -36,6 +36,7 @@ from .stylegan2_layers import (
     TENSOR,
     Form,
     Parameters,
+    against_call,
     bound_of,
     convolved,
     noise_of,
@@ -265,25 +266,18 @@ class SeparableAdapter:
         if layer is None or isinstance(form, str):
             yield form or "it is no separable convolution any more"  # type: ignore[misc]
             return
-        if not 1 <= len(args) <= len(layer.takes.names):
-            yield f"called with {len(args)} arguments"
-            return
-        x, given = args[0], layer.takes.given(args)
-        if why := next(refuses_tensor(x, layer.weight, layer.weight.shape[1]), ""):
+        if why := against_call(layer, args, 1, ("noise",)):
             yield why
             return
-        if torch.is_autocast_enabled(x.device.type):
-            yield "under autocast, which has its own"
-        if unknown := sorted(set(given).difference(("noise", layer.takes.names[0]))):
-            yield f"called with {unknown[0]}"
         if torch.compiler.is_compiling():
             yield "what it computes depends on the values of a filter, which a program cannot look at"
             return
         if why := why_uneven(layer):
             yield why
+        x = args[0]
         if layer.kept is not None and [2 * n for n in x.shape[2:]] != list(layer.kept.shape[2:]):
             yield f"it doubles to {tuple(layer.kept.shape[2:])} only"
-        yield from refuses_noise(layer, form, x, given)
+        yield from refuses_noise(layer, form, x, layer.takes.given(args))
         yield from refuses_kernel(layer, form, x)
 
     def probe_inputs(self, module: Any) -> Iterator[tuple[Any, ...]]:

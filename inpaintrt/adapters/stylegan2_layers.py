@@ -20,7 +20,7 @@ from __future__ import annotations
 import functools
 import inspect
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -327,18 +327,10 @@ _KNOWN = frozenset(("noise_mode", "noise", "fused_modconv", "gain", *BELOW))
 
 def refuses(module: Any, layer: Layer, form: Form, args: Sequence[Any]) -> Iterator[str]:
     """Sentences against a call."""
-    required = 1 if layer.affine is None else 2
-    if not required <= len(args) <= len(layer.takes.names):
-        yield f"called with {len(args)} arguments"
-        return
-    x, given = args[0], layer.takes.given(args)
-    if why := next(refuses_tensor(x, layer.weight, layer.weight.shape[1]), ""):
+    if why := against_call(layer, args, 1 if layer.affine is None else 2, _KNOWN):
         yield why
         return
-    if torch.is_autocast_enabled(x.device.type):
-        yield "under autocast, which has its own"
-    if unknown := sorted(set(given).difference(_KNOWN, layer.takes.names[:required])):
-        yield f"called with {unknown[0]}"
+    x, given = args[0], layer.takes.given(args)
     if layer.affine is not None and (why := _against_style(layer, x, args[1])):
         yield why
     if "gain" in given and not (form.scaled and isinstance(given["gain"], (int, float)) and given["gain"] > 0):
@@ -347,6 +339,19 @@ def refuses(module: Any, layer: Layer, form: Form, args: Sequence[Any]) -> Itera
     yield from _refuses_below(layer, form, x, given)
     if not makes_picture(layer, form):
         yield from refuses_kernel(layer, form, x)
+
+
+def against_call(layer: Noisy, args: Sequence[Any], required: int, known: Collection[str]) -> str:
+    """The sentence against the number of arguments, the image that comes first, autocast, or options that are not known."""
+    names = layer.takes.names
+    if not required <= len(args) <= len(names):
+        return f"called with {len(args)} arguments"
+    if why := next(refuses_tensor(args[0], layer.weight, layer.weight.shape[1]), ""):
+        return why
+    if torch.is_autocast_enabled(args[0].device.type):
+        return "under autocast, which has its own"
+    unknown = sorted(set(layer.takes.given(args)).difference(known, names[:required]))
+    return f"called with {unknown[0]}" if unknown else ""
 
 
 def _against_style(layer: Layer, x: Tensor, style: Any) -> str:
