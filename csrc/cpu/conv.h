@@ -32,12 +32,23 @@ struct Style {
   int64_t height, width;          // of x, as it is read through the filter
 };
 
+// Windows of images, side by side as one row of an image: window i is what the filter at it reads, and its first pixel
+// is pixel i · (the filter's width). A convolution of them whose stride is that width gives one output for each.
+struct Windows {
+  struct Place {
+    int64_t b, y, x;  // image, and where in it the window begins, which may be outside
+  };
+  const Place* places;
+  int64_t dilation;  // between the pixels of a window, as they lie in the image
+};
+
 struct Call {
   const irt_view* x;  // `parts` of them, side by side along the channels; the first of two fills whole vectors of lanes
   int parts;
   const irt_view *weight, *bias, *scale, *shift, *mask, *residual, *out;
   const float *ratio, *valid;  // of partial convolution: planes (B, H', W'), or null
   const Style* style;          // of modulated convolution, or null
+  const Windows* windows;      // of x, read in its place without padding; or null
   int64_t stride, dilation, upsample;
   int64_t top, left, bottom, right;
   Padding padding;
@@ -78,7 +89,14 @@ void run(const Call& call, irt_status& status);
 
 // That algorithm, to be run on the call, or on some images of its batch: then they get what they would get among all.
 using Runner = void (*)(const Call& call, irt_status& status);
-Runner planned(const Call& call);
+struct Plan {
+  Runner run;
+  double cost;  // by the planner's model, in its unit of time
+  bool exact;   // its rounding error is the direct form's
+};
+Plan planned(const Call& call);
+// What so many windows cost to be computed by themselves (`Windows`), in the same unit.
+double cost_of_windows(const Call& call, int64_t count);
 
 // Says which one that is, and which others there are. The result is as it came where there is nothing to compute.
 void choose(const Call& call, irt_choice& choice);

@@ -26,6 +26,12 @@ constexpr int64_t kFewFilters = 6;
 // numbers.)
 static inline bool phased(const Call& call) { return doubled_by_phases(call) && call.x->dtype == IRT_F32; }
 
+// So many windows are computed together: what their columns hold stays below 8 MB.
+static inline int64_t windows_at_once(const Call& call) {
+  const int64_t weights = call.inputs() * call.kernel_height() * call.kernel_width();
+  return most(1, least(32, (int64_t{1} << 21) / (weights * W))) * W;
+}
+
 // Tiles along one dimension of `size` outputs: for each residue modulo the dilation as many as cover it.
 static inline int64_t tiles_along(int64_t size, int64_t dilation, int64_t outputs) {
   int64_t tiles = 0;

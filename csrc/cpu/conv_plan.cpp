@@ -97,13 +97,15 @@ double direct_cost(const Call& call) {
          12 * pixels * blocks;
 }
 
-double columns_cost(const Call& call) {
+double cost_of_columns(const Call& call, int64_t pixels) {
   const double weights = static_cast<double>(call.kernel_height() * call.kernel_width() * call.inputs());
   const double filters = static_cast<double>(call.outputs() * (call.gated ? 2 : 1));
-  const double columns = static_cast<double>(ceil_div(call.batch() * call.height() * call.width(), W));
+  const double columns = static_cast<double>(ceil_div(pixels, W));
   const bool pairs = !single(call) && LaneOf<bf16>::kChannels == 2;
   return (pairs ? kPair : 1) * weights * filters * (1.2 * columns + 1.1) + 40 * weights * columns;
 }
+
+double columns_cost(const Call& call) { return cost_of_columns(call, call.batch() * call.height() * call.width()); }
 
 struct Algorithm {
   const char* name;
@@ -182,10 +184,21 @@ const Algorithm& chosen(const Call& call) {
 void run(const Call& call, irt_status& status) {
   if (call.out->sizes[0] == 0) return;
   if (!fits(call)) return fail(status, IRT_OUT_OF_MEMORY, "no memory for a workspace of that size");
-  planned(call)(call, status);
+  planned(call).run(call, status);
 }
 
-Runner planned(const Call& call) { return chosen(call).run; }
+Plan planned(const Call& call) {
+  const Algorithm& best = chosen(call);
+  Call ieee = call;
+  ieee.ieee = true;
+  return {best.run, best.cost(call), best.covers(ieee)};
+}
+
+double cost_of_windows(const Call& call, int64_t count) {
+  const int64_t at_once = windows_at_once(call);
+  return static_cast<double>(count / at_once) * cost_of_columns(call, at_once) +
+         (count % at_once ? cost_of_columns(call, count % at_once) : 0);
+}
 
 void choose(const Call& call, irt_choice& choice) {
   if (call.out->sizes[0] == 0 || !fits(call) || (!single(call) && call.x->dtype != IRT_BF16)) return;

@@ -28,6 +28,31 @@ class Source {
   // Pixels [first, first + count) of row y of one block of channels, as [pixel][lane]. Rows and columns count from the
   // unpadded image's corner; what lies beyond the padding is 0.
   void read(int64_t b, int64_t block, int64_t y, int64_t first, int64_t count, float* to) const {
+    if (call_.windows) return windows(block, y, first, count, to);
+    pixels(b, block, y, first, count, to);
+  }
+
+ private:
+  const Call& call_;
+  int64_t zoom_;
+  const Resampling* filter_;
+  int64_t height_, width_;
+
+  // Row y of whole windows.
+  void windows(int64_t block, int64_t y, int64_t first, int64_t count, float* to) const {
+    const int64_t wide = call_.kernel_width(), d = call_.windows->dilation;
+    const Windows::Place* place = call_.windows->places + first / wide;
+    for (const float* end = to + count * W; to < end; to += wide * W, ++place) {
+      const int64_t row = place->y + y * d;
+      if (d == 1) {
+        pixels(place->b, block, row, place->x, wide, to);
+      } else {
+        for (int64_t i = 0; i < wide; ++i) pixels(place->b, block, row, place->x + i * d, 1, to + i * W);
+      }
+    }
+  }
+
+  void pixels(int64_t b, int64_t block, int64_t y, int64_t first, int64_t count, float* to) const {
     const int64_t row = origin(y, height_, call_.top, call_.bottom);
     const int64_t begin = least(most(first, 0), first + count);
     const int64_t end = row < 0 ? begin : most(begin, least(first + count, width_));
@@ -46,12 +71,6 @@ class Source {
     for (int64_t column = first; column < begin; ++column) outside(column);
     for (int64_t column = end; column < first + count; ++column) outside(column);
   }
-
- private:
-  const Call& call_;
-  int64_t zoom_;
-  const Resampling* filter_;
-  int64_t height_, width_;
 
   // The position in [0, size) that position i reads, or −1 for zero.
   int64_t origin(int64_t i, int64_t size, int64_t before, int64_t after) const {

@@ -306,7 +306,7 @@ class Doubling {
     if (!conv::fits(whole_.call)) return fail(status, IRT_OUT_OF_MEMORY, "no memory for an image of that size");
     const Workspace space(static_cast<size_t>(images_ * most_rows_ * whole_.image.strides[2]) * sizeof(T));
     if (!space.data()) return fail(status, IRT_OUT_OF_MEMORY, "no memory for the enlarged image");
-    runner_ = conv::planned(whole_.call);
+    runner_ = conv::planned(whole_.call).run;
     for (int64_t b = 0; b < m_.call.batch(); b += images_) {
       for (int64_t y = 0; y < m_.call.height() && status.code == IRT_OK; y += rows_) {
         run(b, least(images_, m_.call.batch() - b), y, least(rows_, m_.call.height() - y), space.data(), status);

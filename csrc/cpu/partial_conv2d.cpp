@@ -1,12 +1,10 @@
-// partial_conv2d on the CPU: the engine (conv.h) on x · mask, renormalised by planes that are made first.
-//
-// The sum of the mask over a window does not depend on the output channel: the mask's channels are summed to one plane,
-// and that is summed over windows by rows and then columns.
-#include <cmath>
-
+// partial_conv2d on the CPU: the engine (conv.h) on x · mask, renormalised by planes that are made first
+// (partial_planes.h). Windows with few valid pixels are computed once more where the algorithm taken for their image
+// rounds too coarsely for them (partial_windows.h).
 #include "arena.h"
 #include "conv_call.h"
-#include "parallel.h"
+#include "partial_planes.h"
+#include "partial_windows.h"
 
 namespace irt::INPAINTRT_ISA {
 namespace {
@@ -32,104 +30,36 @@ const char* read(const irt_call& call, conv::Call& c) {
   return alike ? nullptr : "the updated mask must be (B, 1, H', W') of x's dtype";
 }
 
-// What is made of the mask before any output is written.
+// How each image of a call is computed. The algorithms are chosen for the whole batch and each image is judged by its
+// own mask: what it gets does not depend on the other masks.
 template <class T>
-class Planes {
+class Judge {
  public:
-  Planes(const conv::Call& call, double window, double eps)
-      : call_(call), window_(static_cast<float>(window)), eps_(static_cast<float>(eps)) {}
-
-  // Ratio and valid of all images, the smallest and largest sum of each row, and a row of column sums per thread.
-  int64_t floats() const {
-    return 2 * vectors(call_.batch() * area()) + vectors(2 * rows()) + call_.threads * scratch();
+  Judge(const conv::Call& call, const Planes<T>& planes) : call_(call), planes_(planes), usual_(conv::planned(call)) {
+    conv::Call ieee = call;
+    ieee.ieee = true;
+    exact_ = conv::planned(ieee);
   }
 
-  // ratio = window / (s + eps) · u and valid = u for each output pixel.
-  void make(float* space) {
-    int next = 0;
-    ratio_ = space, valid_ = ratio_ + vectors(call_.batch() * area()),
-    ranges_ = valid_ + vectors(call_.batch() * area());
-    float* lines = ranges_ + vectors(2 * rows());
-    parallel_for(rows(), 16, call_.threads, [&](int64_t begin, int64_t end) {
-      float* sums = lines + __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED) * scratch();
-      for (int64_t i = begin; i < end; ++i) {
-        const int64_t b = i / call_.height(), y = i % call_.height(), at = i * call_.width();
-        row(b, y, sums, ratio_ + at, valid_ + at, ranges_ + 2 * i);
-        for (int64_t image = b + 1; image < (images() == 1 ? call_.batch() : b + 1); ++image) {
-          const int64_t copy = (image * call_.height() + y) * call_.width();
-          memcpy(ratio_ + copy, ratio_ + at, static_cast<size_t>(call_.width()) * sizeof(float));
-          memcpy(valid_ + copy, valid_ + at, static_cast<size_t>(call_.width()) * sizeof(float));
-        }
-      }
-    });
+  conv::Runner runner(int64_t image) const { return exactly(image) ? exact_.run : usual_.run; }
+  // Whether its thin windows are so many that it costs less to have the direct form's rounding error everywhere.
+  bool exactly(int64_t image) const {
+    if (!coarse(image)) return false;
+    const double gained = (exact_.cost - usual_.cost) / static_cast<double>(call_.batch());
+    return conv::cost_of_windows(call_, planes_.thin(image)) >= gained;
   }
-
-  // Whether an image has windows with few valid pixels, whose sums' rounding errors are multiplied with them.
-  bool sparse(int64_t image) const {
-    float low = INFINITY, high = 0.0f;
-    const int64_t first = (images() == 1 ? 0 : image) * call_.height();
-    for (int64_t i = first; i < first + call_.height(); ++i) {
-      low = ranges_[2 * i] < low ? ranges_[2 * i] : low;
-      high = ranges_[2 * i + 1] > high ? ranges_[2 * i + 1] : high;
-    }
-    return low < kSparse * high;
-  }
-
-  void write(const irt_view& updated) const {
-    parallel_for(call_.batch() * call_.height(), 64, call_.threads, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) {
-        const int64_t b = i / call_.height(), y = i % call_.height();
-        T* to = static_cast<T*>(updated.data) + b * updated.strides[0] + y * updated.strides[2];
-        for (int64_t x = 0; x < call_.width(); ++x)
-          from_float(valid_[i * call_.width() + x], to[x * updated.strides[3]]);
-      }
-    });
-  }
-
-  const float* ratio(int64_t image) const { return ratio_ + image * area(); }
-  const float* valid(int64_t image) const { return valid_ + image * area(); }
+  // Whether they are computed once more.
+  bool mends(int64_t image) const { return coarse(image) && !exactly(image); }
 
  private:
-  static constexpr float kSparse = 0.25f;  // of the fullest window; from there on Winograd's bound of error holds
-
   const conv::Call& call_;
-  float window_, eps_;
-  float *ratio_ = nullptr, *valid_ = nullptr, *ranges_ = nullptr;
+  const Planes<T>& planes_;
+  conv::Plan usual_, exact_;
 
-  int64_t images() const { return call_.mask->sizes[0]; }
-  int64_t area() const { return call_.height() * call_.width(); }
-  int64_t rows() const { return images() * call_.height(); }
-  int64_t scratch() const { return vectors(call_.x->sizes[3]); }
-
-  void row(int64_t b, int64_t y, float* sums, float* ratio, float* valid, float* range) const {
-    const irt_view& m = *call_.mask;
-    const int64_t width = m.sizes[3], d = call_.dilation;
-    memset(sums, 0, static_cast<size_t>(width) * sizeof(float));
-    for (int64_t i = 0; i < call_.kernel_height(); ++i) {
-      const int64_t from = y * call_.stride - call_.top + i * d;
-      if (from < 0 || from >= m.sizes[2]) continue;
-      for (int64_t c = 0; c < m.sizes[1]; ++c) {
-        const T* data = static_cast<const T*>(m.data) + b * m.strides[0] + c * m.strides[1] + from * m.strides[2];
-        for (int64_t x = 0; x < width; ++x) sums[x] += to_float(data[x * m.strides[3]]);
-      }
-    }
-    range[0] = INFINITY, range[1] = 0.0f;
-    for (int64_t x = 0; x < call_.width(); ++x) {
-      float s = 0.0f;
-      for (int64_t j = 0; j < call_.kernel_width(); ++j) {
-        const int64_t from = x * call_.stride - call_.left + j * d;
-        if (from >= 0 && from < width) s += sums[from];
-      }
-      const float u = s > 0.0f ? s < 1.0f ? s : 1.0f : s == s ? 0.0f : s;  // NaN stays
-      valid[x] = u;
-      ratio[x] = window_ / (u == 0.0f ? 1.0f : s + eps_) * u;
-      if (s > 0.0f && s < range[0]) range[0] = s;
-      if (s > range[1]) range[1] = s;
-    }
-  }
+  bool coarse(int64_t image) const { return !usual_.exact && planes_.thin(image) > 0; }
 };
 
-// Some images of a call, which all are sparse or all are not, as a call of the engine.
+// Some images of a call as a call of the engine.
 template <class T>
 class Part {
  public:
@@ -152,38 +82,29 @@ class Part {
   irt_view x_, mask_, out_;
 };
 
-// Where the images end that are computed together with the first: those after it that are sparse as it is.
-template <class T>
-int64_t end_of_part(const conv::Call& c, const Planes<T>& planes, int64_t first) {
-  int64_t end = first + 1;
-  while (end < c.batch() && planes.sparse(end) == planes.sparse(first)) ++end;
-  return end;
-}
-
-// Each image is judged by its own mask, and the algorithms are chosen for the whole batch: what an image gets does not
-// depend on the other masks. The memory for everything is there before an output is written.
+// The memory for everything is there before an output is written.
 template <class T>
 void compute(conv::Call& c, const Planes<T>& planes, const irt_view& updated, irt_status& status) {
-  conv::Runner runners[2];
-  for (const bool sparse : {false, true}) {
-    conv::Call judged = c;
-    judged.ieee = c.ieee || sparse;
-    runners[sparse] = conv::planned(judged);
-  }
-  const auto each_part = [&](const auto& then) {
+  const Judge<T> judge(c, planes);
+  const auto each_part = [&](const auto& then) {  // neighbours that are computed alike
     for (int64_t first = 0, end; first < c.batch(); first = end) {
-      end = end_of_part(c, planes, first);
+      for (end = first + 1; end < c.batch() && judge.exactly(end) == judge.exactly(first);) ++end;
       Part<T> part(c, planes, first, end);
-      then(runners[planes.sparse(first)], part.call);
+      then(judge.runner(first), part.call);
     }
   };
   size_t most_needed = 0;
+  const auto need = [&](size_t bytes) { most_needed = bytes > most_needed ? bytes : most_needed; };
   each_part([&](conv::Runner runner, conv::Call& part) {
     size_t needed = 0;
     part.needed = &needed;
     runner(part, status);
-    most_needed = needed > most_needed ? needed : most_needed;
+    need(needed);
   });
+  const ThinWindows<T> thin(c, planes);
+  bool mends = false;
+  for (int64_t b = 0; b < c.batch(); ++b) mends = mends || judge.mends(b);
+  if (mends) need(thin.bytes(status));
   const Workspace space(most_needed);
   if (!space.data()) return fail(status, IRT_OUT_OF_MEMORY, "no memory for the workspace");
   planes.write(updated);
@@ -191,6 +112,7 @@ void compute(conv::Call& c, const Planes<T>& planes, const irt_view& updated, ir
     part.space = static_cast<float*>(space.data());
     runner(part, status);
   });
+  if (mends) thin.compute(static_cast<float*>(space.data()), [&](int64_t b) { return judge.mends(b); }, status);
 }
 
 // Makes the planes, then goes on with them: then(call, planes).
@@ -223,11 +145,11 @@ void partial_conv2d(const irt_call& call, irt_status& status) {
   prepare(call, status, [&](conv::Call& c, const auto& planes) { compute(c, planes, call.outs[1], status); });
 }
 
-// Few valid pixels in a window rule out Winograd's larger forms: the mask decides, too. Of images that differ in that
-// the first one's choice is told.
+// Many windows with few valid pixels rule out Winograd's larger forms: the mask decides, too. Of images that differ in
+// that the first one's choice is told.
 void choose(const irt_call& call, irt_choice& choice, irt_status& status) {
   prepare(call, status, [&](conv::Call& c, const auto& planes) {
-    c.ieee = c.ieee || planes.sparse(0);
+    c.ieee = c.ieee || Judge(c, planes).exactly(0);
     conv::choose(c, choice);
   });
 }

@@ -216,9 +216,10 @@ def partial_conv2d(
         ValueError: shapes, dtypes or options do not fit; the message names them.
         UnsupportedError: a backend forced by `use_backend` cannot run this call.
 
-    Holes of the output are exactly 0, not the bias, whatever lies under them. Where a window holds less than a quarter of its
-    pixels, their rounding error is multiplied with them; images with such windows are computed by Winograd's F(2×2, 3×3) on a
-    CPU, not by F(4×4, 3×3). Each image is judged by its own mask: what it gives does not depend on the others'.
+    Holes of the output are exactly 0, not the bias, whatever lies under them. Where a window holds less than a quarter of what
+    the image's fullest holds, its rounding error is multiplied with it, and Winograd's would exceed its bound: a CPU computes
+    such windows once more by themselves, in the direct form; an image with so many of them that this costs more than it saves,
+    as under precision="ieee". Each image is judged by its own mask: what it gives does not depend on the others'.
 
     Source: Liu et al., ECCV 2018, eq. 1 and 2.
     """
