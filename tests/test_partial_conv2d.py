@@ -179,6 +179,38 @@ def test_each_image_is_judged_by_its_own_mask(dtype):
     assert [torch.equal(got[i], ieee[i]) for i in range(6)] == [False, True, False, False, False, True]
 
 
+@pytest.mark.parametrize("layout", ["contiguous", "channels last", "other strides"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("c", [3, 16, 67])
+@pytest.mark.parametrize("value", [0.0, 1e-38, float("nan")])
+def test_a_single_number_of_a_mask_of_all_channels_counts(value, c, dtype, layout):
+    """Where all channels are alike, one stands for them: a mask that differs in one number of one channel is none of those."""
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(1, c, 21, 37, generator=generator).to(dtype)
+    weight = torch.randn(20, c, 3, 3, generator=generator).to(dtype)
+    alike = (torch.rand(1, 1, 21, 37, generator=generator) < 0.8).to(dtype).repeat(1, c, 1, 1)
+    if layout == "channels last":
+        alike = alike.to(memory_format=torch.channels_last)
+    if layout == "other strides":
+        alike = alike.permute(3, 1, 0, 2).contiguous().permute(2, 1, 3, 0)
+    with use_backend("cpu", op="partial_conv2d"):
+        one, _ = ops.partial_conv2d(x, alike[:, :1], weight, padding=1, scale="one")
+        same, _ = ops.partial_conv2d(x, alike, weight * c, padding=1, scale="one")
+        for y, column, channel in ((0, 0, c - 1), (20, 36, c // 2), (9, 31, 1)):
+            mask = alike.clone(memory_format=torch.preserve_format)
+            mask[0, :, y, column], mask[0, channel, y, column] = 1, value
+            got, updated = ops.partial_conv2d(x, mask, weight, padding=1)
+            with use_backend("reference", op="partial_conv2d"):
+                own, theirs = ops.partial_conv2d(x, mask, weight, padding=1)
+                truth, _ = ops.partial_conv2d(x.double(), mask.double(), weight.double(), padding=1)
+            assert torch.equal(updated.isnan(), theirs.isnan())
+            assert bool(got[own.isnan()].isnan().all())
+            finite = got.isfinite()  # Winograd's tiles may spread a NaN
+            assert finite.sum() > 0.9 * finite.numel()
+            assert_close_to_truth(*(t[finite] for t in (got, truth, own)), numerics=WINOGRAD)
+    torch.testing.assert_close(same, one, rtol=3e-2 if dtype == torch.bfloat16 else 1e-4, atol=1e-1)
+
+
 def test_soft_masks_count_as_they_are():
     x, mask, weight, bias = _layer(4, 6, 3)
     soft = mask * torch.rand(mask.shape, generator=torch.Generator().manual_seed(2)) * 0.2

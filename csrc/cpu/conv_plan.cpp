@@ -26,16 +26,14 @@ bool few_pixels(const Call& call) {
 // algorithms is right: 3×3 and 5×5 layers of 32 to 512 channels on maps of 2×2 (there it is packing and the filters'
 // transforms that one sees) to 256×256.
 
-// Transforming a filter: n² vectors to as many places for each channel, which cost up to three times as much where all
-// of them together do not stay in L2.
-template <class Form>
-double transformed_filters_cost(const Call& call) {
+// Transforming filters: so many vectors to as many places, which cost up to three times as much where all of them
+// together do not stay in L2.
+double transformed_filters_cost(double vectors, double each) {
   constexpr double kNear = 1 << 21;  // floats
-  const double points = Form::kInputs * Form::kInputs, each = 15;
-  const double vectors = points * static_cast<double>(call.inputs() * Filters(call).blocks);
   const double far = vectors * static_cast<double>(W) / kNear;
   return each * vectors * (1 + (far < 2 ? far : 2));
 }
+constexpr double kFilter = 15, kFilterByPhases = 21;  // of a vector; by phases taps are sorted, too
 
 template <class Form>
 double winograd_cost(const Call& call) {
@@ -45,11 +43,9 @@ double winograd_cost(const Call& call) {
                        static_cast<double>(tiles_along(call.height(), call.dilation, Form::kOutputs)) *
                        static_cast<double>(tiles_along(call.width(), call.dilation, Form::kOutputs));
   const double products = points * tiles * inputs * blocks, tile = Form::kOutputs > 2 ? 20 : 12;
-  return products + transformed_filters_cost<Form>(call) + tile * points * tiles * (in_blocks + blocks);
+  return products + transformed_filters_cost(points * inputs * blocks, kFilter) +
+         tile * points * tiles * (in_blocks + blocks);
 }
-
-// The matrices of filters are so many that they are written to memory and read from there.
-constexpr double kFilterByPhases = 32;
 
 template <class Form>
 bool by_phases(const Call& call) {
@@ -68,7 +64,7 @@ double phases_cost(const Call& call) {
   const double tiles = static_cast<double>(call.batch()) * both([](const Tiling& t) { return ceil_div(t.size, m); });
   const double inputs = static_cast<double>(call.inputs()), in_blocks = static_cast<double>(ceil_div(call.inputs(), W));
   const double blocks = static_cast<double>(Filters(call).blocks);
-  return points * tiles * inputs * blocks + kFilterByPhases * values * inputs * blocks +
+  return points * tiles * inputs * blocks + transformed_filters_cost(values * inputs * blocks, kFilterByPhases) +
          12 * tiles * (in * in_blocks + out * blocks);
 }
 
@@ -102,7 +98,7 @@ double cost_of_columns(const Call& call, int64_t pixels) {
   const double filters = static_cast<double>(call.outputs() * (call.gated ? 2 : 1));
   const double columns = static_cast<double>(ceil_div(pixels, W));
   const bool pairs = !single(call) && LaneOf<bf16>::kChannels == 2;
-  return (pairs ? kPair : 1) * weights * filters * (1.2 * columns + 1.1) + 40 * weights * columns;
+  return (pairs ? kPair : 1) * weights * filters * (0.85 * columns + 1.1) + 40 * weights * columns;
 }
 
 double columns_cost(const Call& call) { return cost_of_columns(call, call.batch() * call.height() * call.width()); }

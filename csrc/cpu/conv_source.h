@@ -134,13 +134,20 @@ class Source {
   void apply_mask(int64_t b, int64_t block, int64_t y, int64_t begin, int64_t end, float* to) const {
     const irt_view& m = *call_.mask;
     const int64_t image = m.sizes[0] == 1 ? 0 : b;
-    const bool shared = m.sizes[1] == 1;
-    const Row<const T> row = row_of<const T, Lane>(m, image, shared ? 0 : block, y, begin);
+    if (m.sizes[1] > 1) {
+      constexpr int64_t kSome = 64;
+      alignas(64) float factors[kSome * W];
+      for (int64_t first = begin; first < end; first += kSome, to += kSome * W) {
+        const int64_t some = least(kSome, end - first);
+        read_row<Lane>(row_of<const T, Lane>(m, image, block, y, first), some, factors);
+        for (int64_t i = 0; i < some; ++i) store(to + i * W, Lane::times(load(to + i * W), load(factors + i * W)));
+      }
+      return;
+    }
+    const Row<const T> row = row_of<const T, Lane>(m, image, 0, y, begin);
     for (int64_t i = 0; i < end - begin; ++i) {
-      const T* at = row.data + i * row.pixel;
-      const Vec both = Lane::pack(Vec(to_float(*at)), Vec(to_float(*at)));
-      const Vec factor = shared ? both : Lane::across(at, row.channels, row.channel);
-      store(to + i * W, Lane::times(load(to + i * W), factor));
+      const Vec factor(to_float(row.data[i * row.pixel]));
+      store(to + i * W, Lane::times(load(to + i * W), Lane::pack(factor, factor)));
     }
   }
 };

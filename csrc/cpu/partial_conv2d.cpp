@@ -134,7 +134,10 @@ void prepare(const irt_call& call, irt_status& status, const Then& then) {
     const Workspace space(static_cast<size_t>(planes.floats()) * sizeof(float));
     if (!space.data()) return fail(status, IRT_OUT_OF_MEMORY, "no memory for the mask's planes");
     planes.make(static_cast<float*>(space.data()));
-    then(c, planes);
+    const irt_view mask = planes.mask();
+    conv::Call masked = c;
+    masked.mask = &mask;
+    then(masked, planes);
   };
   if (c.x->dtype == IRT_F32) return with_planes(Planes<float>(c, window, eps));
   if (c.x->dtype == IRT_BF16) return with_planes(Planes<bf16>(c, window, eps));

@@ -2,7 +2,8 @@
 // from them.
 //
 // The sum over a window does not depend on the output channel, so the mask's channels are summed to one plane first,
-// each number read once; that plane is summed over windows by rows and then columns.
+// each number read once; that plane is summed over windows by rows and then columns. Whether all channels are alike, as
+// those of most models' masks are, shows on the way: then one of them is what x is multiplied with.
 #pragma once
 
 #include <cmath>
@@ -18,11 +19,12 @@ class Planes {
   Planes(const conv::Call& call, double window, double eps)
       : call_(call), window_(static_cast<float>(window)), eps_(static_cast<float>(eps)) {}
 
-  // Ratio and valid of all images; of all masks the sums of windows and of channels, the least and largest sum of each
-  // row, the limit below which a sum is thin and how many are; and a line per thread.
+  // Ratio and valid of all images; of all masks the sums of windows and of channels, one channel by itself, the least
+  // and largest sum of each row, the limit below which a sum is thin and how many are; and a line per thread.
   int64_t floats() const {
     return 2 * vectors(call_.batch() * area()) + vectors(masks() * area()) + (plain() ? 0 : vectors(masks() * size())) +
-           vectors(2 * rows()) + vectors(masks()) + vectors(2 * masks()) + call_.threads * line_floats();
+           (mixed() ? vectors(masks() * size()) : 0) + vectors(2 * rows()) + vectors(masks()) + vectors(2 * masks()) +
+           call_.threads * line_floats();
   }
 
   // ratio = window / (s + eps) · u and valid = u for each output pixel.
@@ -34,8 +36,9 @@ class Planes {
     };
     ratio_ = take(call_.batch() * area()), valid_ = take(call_.batch() * area());
     sums_ = take(masks() * area()), channels_ = plain() ? nullptr : take(masks() * size());
+    if (mixed()) first_ = reinterpret_cast<T*>(take(masks() * size()));
     ranges_ = take(2 * rows()), limits_ = take(masks()), thin_ = reinterpret_cast<int64_t*>(take(2 * masks()));
-    if (!plain()) sum_channels(channels_);
+    if (!plain()) sum_channels();
     int next = 0;
     parallel_for(rows(), 16, call_.threads, [&](int64_t begin, int64_t end) {
       float* line = space + __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED) * line_floats();
@@ -59,6 +62,18 @@ class Planes {
         }
       }
     });
+  }
+
+  // The mask, or one channel of it where all are alike.
+  irt_view mask() const {
+    irt_view m = *call_.mask;
+    if (!alike_ || m.sizes[1] == 1) return m;
+    if (mixed()) {
+      m.data = first_;
+      m.strides[0] = size(), m.strides[2] = m.sizes[3], m.strides[3] = 1;
+    }
+    m.sizes[1] = 1;
+    return m;
   }
 
   const float* ratio(int64_t image) const { return ratio_ + image * area(); }
@@ -87,6 +102,8 @@ class Planes {
   float *ratio_ = nullptr, *valid_ = nullptr, *sums_ = nullptr, *channels_ = nullptr, *ranges_ = nullptr,
         *limits_ = nullptr;
   int64_t* thin_ = nullptr;
+  T* first_ = nullptr;  // channel of each mask
+  int alike_ = 1;
 
   int64_t masks() const { return call_.mask->sizes[0]; }
   int64_t mask_of(int64_t image) const { return masks() == 1 ? 0 : image; }
@@ -98,6 +115,8 @@ class Planes {
   int64_t line_floats() const { return vectors(ceil_div(positions(), W) * W + reach()); }
   // Whether the mask is a plane of floats whose rows are vectors.
   bool plain() const { return std::is_same_v<T, float> && call_.mask->sizes[1] == 1 && call_.mask->strides[3] == 1; }
+  // Whether pixels lie apart because their channels lie side by side.
+  bool mixed() const { return call_.mask->sizes[1] > 1 && call_.mask->strides[3] != 1; }
   const float* summed(int64_t mask, int64_t y) const {
     const irt_view& m = *call_.mask;
     if (channels_) return channels_ + mask * size() + y * m.sizes[3];
@@ -111,62 +130,92 @@ class Planes {
 
   // ---- channels → one plane
 
-  void sum_channels(float* to) const {
+  void sum_channels() {
     const irt_view& m = *call_.mask;
     const bool flat = m.strides[2] == m.sizes[3] * m.strides[3];  // rows follow each other
     const int64_t lines = flat ? 1 : m.sizes[2], length = flat ? size() : m.sizes[3];
     const int64_t pieces = ceil_div(length, kPixels), grain = ceil_div(16, m.sizes[1]);
     parallel_for(masks() * lines * pieces, grain, call_.threads, [&](int64_t begin, int64_t end) {
+      bool alike = true;
       for (int64_t i = begin; i < end; ++i) {
         const int64_t mask = i / (lines * pieces), line = i / pieces % lines, first = i % pieces * kPixels;
         const T* from =
             static_cast<const T*>(m.data) + mask * m.strides[0] + line * m.strides[2] + first * m.strides[3];
-        sum_piece(from, least(kPixels, length - first), to + mask * size() + line * length + first);
+        const int64_t at = mask * size() + line * length + first, count = least(kPixels, length - first);
+        alike = sum_piece(from, count, channels_ + at) && alike;
+        for (int64_t p = 0; mixed() && p < count; ++p) first_[at + p] = from[p * m.strides[3]];
       }
+      if (!alike) __atomic_store_n(&alike_, 0, __ATOMIC_RELAXED);
     });
   }
 
-  void sum_piece(const T* from, int64_t count, float* to) const {
+  // The sums of some pixels' channels; whether each pixel's are all the same number.
+  bool sum_piece(const T* from, int64_t count, float* to) const {
     const int64_t channels = call_.mask->sizes[1], channel = call_.mask->strides[1], pixel = call_.mask->strides[3];
     const int64_t whole = pixel == 1 || channel == 1 ? count / W * W : 0;
+    Vec differences;
     if (pixel == 1) {
-      sum_planes(from, whole, to);
-    } else if (whole) {
-      for (int64_t i = 0; i < whole; i += W) store(to + i, sum_pixels(from + i * pixel));
+      sum_planes(*this, from, whole, to, differences);
+    } else {
+      for (int64_t i = 0; i < whole; i += W) store(to + i, sum_pixels(*this, from + i * pixel, differences));
     }
+    float lanes[W];
+    store(lanes, differences);
+    bool alike = true;
+    for (const float lane : lanes) alike = alike && lane == 0.0f;  // not if it is NaN
     for (int64_t i = whole; i < count; ++i) {
+      const float first = to_float(from[i * pixel]);
       float sum = 0.0f;
-      for (int64_t c = 0; c < channels; ++c) sum += to_float(from[i * pixel + c * channel]);
+      for (int64_t c = 0; c < channels; ++c) {
+        const float value = to_float(from[i * pixel + c * channel]);
+        sum += value, alike = alike && value == first;
+      }
       to[i] = sum;
     }
+    return alike;
   }
 
   // Of rows of pixels: four channels at a time, so that the sums are not loaded and stored for each.
-  void sum_planes(const T* from, int64_t count, float* to) const {
-    const int64_t channels = call_.mask->sizes[1], step = call_.mask->strides[1];
+  IRT_INLINE void sum_planes(const Planes& planes, const T* from, int64_t count, float* to, Vec& differences) {
+    const int64_t channels = planes.call_.mask->sizes[1], step = planes.call_.mask->strides[1];
     memset(to, 0, static_cast<size_t>(count) * sizeof(float));
     int64_t c = 0;
     for (; c + 4 <= channels; c += 4) {
       const T* at = from + c * step;
       for (int64_t i = 0; i < count; i += W) {
-        const Vec two = load(to + i) + load(at + i) + load(at + step + i);
-        store(to + i, two + load(at + 2 * step + i) + load(at + 3 * step + i));
+        const Vec first = load(from + i),
+                  v[] = {load(at + i), load(at + step + i), load(at + 2 * step + i), load(at + 3 * step + i)};
+        store(to + i, load(to + i) + v[0] + v[1] + v[2] + v[3]);
+        differences =
+            differences + distance(v[0], first) + distance(v[1], first) + distance(v[2], first) + distance(v[3], first);
       }
     }
     for (; c < channels; ++c) {
-      for (int64_t i = 0; i < count; i += W) store(to + i, load(to + i) + load(from + c * step + i));
+      for (int64_t i = 0; i < count; i += W) {
+        const Vec v = load(from + c * step + i);
+        store(to + i, load(to + i) + v);
+        differences = differences + distance(v, load(from + i));
+      }
     }
   }
 
   // Of W pixels, whose channels lie side by side.
-  Vec sum_pixels(const T* from) const {
-    const int64_t channels = call_.mask->sizes[1], step = call_.mask->strides[3];
+  IRT_INLINE Vec sum_pixels(const Planes& planes, const T* from, Vec& differences) {
+    constexpr float kOnes[16] = {1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1};
+    const int64_t channels = planes.call_.mask->sizes[1], step = planes.call_.mask->strides[3];
+    const int64_t whole = channels / W * W, rest = channels - whole;
+    const Vec present = load_some(kOnes, rest);
     Vec sums[W];
     for (int64_t i = 0; i < W; ++i) {
       const T* at = from + i * step;
-      int64_t c = 0;
-      for (; c + W <= channels; c += W) sums[i] = sums[i] + load(at + c);
-      if (c < channels) sums[i] = sums[i] + load_some(at + c, channels - c);
+      const Vec first(to_float(*at));
+      for (int64_t c = 0; c < whole; c += W) {
+        const Vec v = load(at + c);
+        sums[i] = sums[i] + v, differences = differences + distance(v, first);
+      }
+      if (!rest) continue;
+      const Vec v = load_some(at + whole, rest);
+      sums[i] = sums[i] + v, differences = differences + distance(v, first * present);
     }
     transpose(sums);
     for (int64_t half = W / 2; half; half /= 2) {
@@ -174,6 +223,8 @@ class Planes {
     }
     return sums[0];
   }
+
+  static Vec distance(Vec a, Vec b) { return at_least(a - b, b - a); }
 
   // ---- one plane → windows
 

@@ -169,6 +169,45 @@ void holes_are_zero() {
   }
 }
 
+// Windows less than a quarter as full as the fullest have the direct form's error, whatever algorithm computes the
+// rest.
+void thin_windows() {
+  Random random{13};
+  for (int round = 0; round < 48; ++round) {
+    Setting s;
+    s.op = Op::partial, s.dtype = round % 3 ? IRT_F32 : IRT_BF16, s.b = 2, s.inputs = round % 5 ? 33 : 3;
+    s.outputs = round % 7 ? 40 : 5, s.h = 31, s.w = 37, s.bias = round % 2;
+    s.kh = s.kw = 3 + 2 * (round / 2 % 3), s.stride = 1 + round / 6 % 2,
+    s.dilation = s.stride == 1 ? 1 + round / 12 % 2 : 1;
+    s.pad(s.kh / 2 * s.dilation), s.pads[round % 4] += round % 3, s.memory = static_cast<Memory>(round / 4 % 3);
+    s.out_memory = static_cast<Memory>(round % 3), s.parameters = static_cast<Memory>(round / 3 % 4);
+    s.mask_images = 1 + round / 8 % 2, s.mask_channels = round % 4 < 2 ? 1 : s.inputs;
+    const Convolution c(random, s);
+    c.mask->for_each([&](int64_t b, int64_t channel, int64_t y, int64_t x) {
+      const bool hole = y > 8 && x > 4 + 2 * b && x < 30, point = y % 11 == 2 && x % 9 == 3;
+      c.mask->set(b, channel, y, x, hole && !point ? 0.0 : round % 8 > 5 && channel % 3 == 0 ? 0.5 : 1.0);
+    });
+    const irt_status status = c.run(1 + round % 2);
+    CHECK(status.code == IRT_OK, "%s: %s", s.text().c_str(), status.message);
+    const std::vector<Estimate> truth = c.truth(false);
+    size_t i = 0;
+    int64_t thin = 0;
+    std::vector<double> sums[2] = {c.mask_sums(0), c.mask_sums(1)};
+    c.out->for_each([&](int64_t b, int64_t o, int64_t y, int64_t x) {
+      const Estimate& want = truth[i++];
+      const double sum = sums[b][static_cast<size_t>(y * s.out_size(1) + x)];
+      if (sum <= 0.0 || sum >= 0.25 * *std::max_element(sums[b].begin(), sums[b].end())) return;
+      const double got = c.out->get(b, o, y, x), band = kDirectUnits * 0x1p-24 * want.magnitude;
+      const double rounding = s.dtype == IRT_F32 ? 0.0 : half_unit(std::fabs(want.value) + band, s.dtype);
+      ++thin;
+      CHECK(std::fabs(got - want.value) <= band + rounding, "%s: a thin window is %.9g, not %.9g ± %.3g",
+            s.text().c_str(), got, want.value, band);
+    });
+    CHECK(thin > 0, "%s: no thin windows", s.text().c_str());
+    CHECK(c.out->canaries_live(), "%s: written beside the output", s.text().c_str());
+  }
+}
+
 // eps = 0 makes the ratio of a hole 0/0.
 void no_eps() {
   Random random{7};
@@ -265,6 +304,7 @@ const check::Case check::cases[] = {
     {"doubled images", doubled_images},
     {"transposed convolutions", transposed_convolutions},
     {"holes are zero", holes_are_zero},
+    {"thin windows", thin_windows},
     {"no eps", no_eps},
     {"NaN stays in its windows", nan_stays_in_its_windows},
     {"shares of threads", shares_of_threads},
