@@ -1,5 +1,6 @@
 // Which algorithm a convolution takes: the cheapest by a model of their costs, unless it was told otherwise.
 #include "conv_algorithms.h"
+#include "gemm.h"
 #include "preferences.h"
 #include "winograd.h"
 
@@ -27,13 +28,13 @@ bool few_pixels(const Call& call) {
 // transforms that one sees) to 256×256.
 
 // Transforming filters: so many vectors to as many places, which cost up to three times as much where all of them
-// together do not stay in L2.
+// together do not stay near the core.
 double transformed_filters_cost(double vectors, double each) {
   constexpr double kNear = 1 << 21;  // floats
-  const double far = vectors * static_cast<double>(W) / kNear;
-  return each * vectors * (1 + (far < 2 ? far : 2));
+  const double far = vectors * static_cast<double>(W) / kNear - 1;
+  return each * vectors * (1 + (far < 0 ? 0 : far < 2 ? far : 2));
 }
-constexpr double kFilter = 15, kFilterByPhases = 21;  // of a vector; by phases taps are sorted, too
+constexpr double kFilter = 13, kFilterByPhases = 20;  // of a vector; by phases taps are sorted, too
 
 template <class Form>
 double winograd_cost(const Call& call) {
@@ -78,7 +79,8 @@ double planar_cost(const Call& call) {
 
 constexpr double kPair = 0.65;  // of a multiply-add's time for each of two channels that are multiplied at once
 
-double direct_cost(const Call& call) {
+// `packed`: of a vector of filters.
+double cost_of_direct(const Call& call, double packed) {
   const double blocks = static_cast<double>(ceil_div(Filters(call).blocks, 2) * 2);
   const double pixels = static_cast<double>(call.batch()) * static_cast<double>(call.height() * call.width());
   const double inputs = static_cast<double>(call.inputs());
@@ -89,16 +91,21 @@ double direct_cost(const Call& call) {
   }
   const bool pairs = !single(call) && LaneOf<bf16>::kChannels == 2;
   const double strided = call.stride > 1 && !call.transposed ? 1.25 : 1;  // strips hold fewer rows of outputs
-  return (pairs ? kPair : 1) * strided * pixels * taps * inputs * blocks + 40 * taps * inputs * blocks +
+  return (pairs ? kPair : 1) * strided * pixels * taps * inputs * blocks + packed * taps * inputs * blocks +
          12 * pixels * blocks;
 }
+
+double direct_cost(const Call& call) { return cost_of_direct(call, 40); }
+double pointwise_cost(const Call& call) { return cost_of_direct(call, 16); }
 
 double cost_of_columns(const Call& call, int64_t pixels) {
   const double weights = static_cast<double>(call.kernel_height() * call.kernel_width() * call.inputs());
   const double filters = static_cast<double>(call.outputs() * (call.gated ? 2 : 1));
-  const double columns = static_cast<double>(ceil_div(pixels, W));
+  const int64_t vectors = ceil_div(pixels, W), width = vectors > 1 ? kPanelVectors : 1;
+  const double columns = static_cast<double>(ceil_div(vectors, width) * width);
   const bool pairs = !single(call) && LaneOf<bf16>::kChannels == 2;
-  return (pairs ? kPair : 1) * weights * filters * (0.85 * columns + 1.1) + 40 * weights * columns;
+  return (pairs ? kPair : 1) * weights * filters * (0.85 * columns + 0.8) + 40 * weights * columns +
+         35 * filters * columns + 16e3;
 }
 
 double columns_cost(const Call& call) { return cost_of_columns(call, call.batch() * call.height() * call.width()); }
@@ -112,7 +119,7 @@ struct Algorithm {
 
 // In order of preference at equal cost. Names are known to users' files of preferences.
 constexpr Algorithm kAlgorithms[] = {
-    {"pointwise", pointwise, [](const Call& c) { return square(c, 1) && unstrided(c) && !pads(c); }, direct_cost},
+    {"pointwise", pointwise, [](const Call& c) { return square(c, 1) && unstrided(c) && !pads(c); }, pointwise_cost},
     {"direct", direct, [](const Call&) { return true; }, direct_cost},
     {"planar", planar,
      [](const Call& c) { return unstrided(c) && near(c) && c.outputs() * (c.gated ? 2 : 1) <= kFewFilters; },
