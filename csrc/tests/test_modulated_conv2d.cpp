@@ -167,7 +167,8 @@ struct Subject {
         double want = d * sum + extra + more;
         want = 1.5 * (want > 0 ? want : 0.2 * want);
         if (s.bounded) want = std::fmin(1.25, std::fmax(-1.25, want));
-        const bool spreads = s.dtype == IRT_F32 && s.kernel == 3 && s.down == 1;
+        const bool phases = s.down == 2 && (s.kernel == 3 || s.kernel == 4) && !s.ieee;
+        const bool spreads = s.dtype == IRT_F32 && ((s.kernel == 3 && s.down == 1) || phases);
         double band =
             0x1p-24 * (spreads ? (s.ieee ? kWinogradIeee : kWinograd) * d * norm * widest : kDirect * (d * size));
         band += 0x1p-24 * 4 * (d * size + std::fabs(extra) + std::fabs(more));
