@@ -108,14 +108,14 @@ def test_ieee_is_stronger_than_a_preference(layer, caplog):
 
 def test_masks_take_part_in_the_choice():
     """Where few pixels of most windows are valid, Winograd's larger forms are ruled out, and that is what is said."""
-    x, weight = torch.randn(1, 32, 24, 24), torch.randn(64, 32, 3, 3) / 17
-    hole, points = torch.ones(1, 1, 24, 24), torch.ones(1, 1, 24, 24)
-    hole[..., 12:, 12:] = 0
-    hole[..., 18, 18] = 1  # nine windows of one pixel, which are computed by themselves
-    points[..., 12:, :] = 0
-    points[..., 14::3, 1::3] = 1
+    x, weight = torch.randn(1, 32, 48, 48), torch.randn(64, 32, 3, 3) / 17
+    hole, points = torch.ones(1, 1, 48, 48), torch.ones(1, 1, 48, 48)
+    hole[..., 24:, 24:] = 0
+    hole[..., 36, 36] = 1  # nine windows of one pixel, which are computed by themselves
+    points[..., 24:, :] = 0
+    points[..., 26::3, 1::3] = 1
     found = {}
-    for name, mask in (("whole", torch.ones(1, 1, 24, 24)), ("hole", hole), ("points", points)):
+    for name, mask in (("whole", torch.ones(1, 1, 48, 48)), ("hole", hole), ("points", points)):
         args = registry.get("partial_conv2d").bind(x, mask, weight, padding=[1, 1, 1, 1])
         outs = tuple(torch.full_like(out, 7.0) for out in registry.get("partial_conv2d").out(*args))
         found[name] = native.choice("partial_conv2d", args, outs)

@@ -199,8 +199,10 @@ Plan planned(const Call& call) {
 
 double cost_of_windows(const Call& call, int64_t count) {
   const int64_t at_once = windows_at_once(call);
-  return static_cast<double>(count / at_once) * cost_of_columns(call, at_once) +
-         (count % at_once ? cost_of_columns(call, count % at_once) : 0);
+  const double columns = static_cast<double>(count / at_once) * cost_of_columns(call, at_once) +
+                         (count % at_once ? cost_of_columns(call, count % at_once) : 0);
+  const double values = static_cast<double>(call.inputs() * call.kernel_height() * call.kernel_width() * count);
+  return columns + (call.x->strides[1] == 1 ? 9 : 20) * values;  // they lie anywhere in memory
 }
 
 void choose(const Call& call, irt_choice& choice) {
