@@ -90,9 +90,7 @@ double cost_of_direct(const Call& call, double packed) {
     taps = static_cast<double>((call.kernel_height() / 2 + 1) * (call.kernel_width() / 2 + 1));
   }
   const bool pairs = !single(call) && LaneOf<bf16>::kChannels == 2;
-  const double strided = call.stride > 1 && !call.transposed ? 1.25 : 1;  // strips hold fewer rows of outputs
-  return (pairs ? kPair : 1) * strided * pixels * taps * inputs * blocks + packed * taps * inputs * blocks +
-         12 * pixels * blocks;
+  return (pairs ? kPair : 1) * pixels * taps * inputs * blocks + packed * taps * inputs * blocks + 12 * pixels * blocks;
 }
 
 double direct_cost(const Call& call) { return cost_of_direct(call, 40); }
