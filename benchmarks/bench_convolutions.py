@@ -163,7 +163,8 @@ def test_gated(versus, device, baselines, layer):
 @pytest.mark.parametrize("layer", cases(PARTIAL))
 @torch.inference_mode()
 def test_partial(versus, device, baselines, layer, masks):
-    """A mask of one plane, and one of all channels (here a copy of that plane in each, which no candidate knows)."""
+    """A mask of one plane, and one of all channels: a copy of that plane in each, as networks of such layers have it up to
+    where they join features. No candidate is told; ours looks, and does better than where channels differ."""
     given = operands(layer, layer.outputs, versus.smoke, device)
     x, weight, bias = given
     mask = torch.ones(1, 1, *x.shape[2:], device=device)

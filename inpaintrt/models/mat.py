@@ -62,8 +62,9 @@ class Draws(NamedTuple):
 
 
 def added(x: Tensor, skip: Tensor) -> Tensor:
-    """x + skip; in place, where no gradient needs x: the largest maps take 180 MiB each at 512 px."""
-    return x + skip if x.requires_grad or skip.requires_grad else x.add_(skip)
+    """x + skip; in place, where no gradient needs x and it has the sum's dtype: the largest maps take 180 MiB each at 512 px."""
+    fresh = x.requires_grad or skip.requires_grad or x.dtype != torch.result_type(x, skip)
+    return x + skip if fresh else x.add_(skip)
 
 
 class StyleBlock(nn.Module):
