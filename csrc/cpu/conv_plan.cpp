@@ -185,7 +185,7 @@ const Algorithm& chosen(const Call& call) {
 void run(const Call& call, irt_status& status) {
   if (call.out->sizes[0] == 0) return;
   if (!fits(call)) return fail(status, IRT_OUT_OF_MEMORY, "no memory for a workspace of that size");
-  planned(call).run(call, status);
+  chosen(call).run(call, status);
 }
 
 Plan planned(const Call& call) {
