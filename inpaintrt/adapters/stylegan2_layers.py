@@ -36,6 +36,7 @@ from inpaintrt.runtime.swap import is_insistent
 
 from .convolution import class_of
 from .ffc import refuses_tensor
+from .folding import memory_format_of
 
 # ---- reading: modules by role ---------------------------------------------------------------------------------------
 
@@ -261,19 +262,18 @@ def with_noise(
 
 
 def makes_picture(layer: Layer, form: Form) -> bool:
-    """A pointwise convolution with so few outputs that torch's is the faster one, with nothing around it to fuse."""
+    """A pointwise convolution with so few outputs that torch is the faster one, with nothing around it to fuse."""
     small = layer.affine is not None and layer.weight.shape[0] <= PICTURE and layer.weight.shape[2] == 1
     plain = not form.demodulate and form.activation == "none" and form.up == form.down == 1
     return small and plain and not any(source in (GIVEN, STORED, DRAWN) for _, source in form.noise)
 
 
 def _picture(layer: Layer, form: Form, x: Tensor, style: Tensor, bound: float | None, gain: float) -> Tensor:
-    images, outputs = len(x), len(layer.weight)
-    filters = layer.weight * (gain * layer.weight_gain * style)[:, None, :, None, None]
-    # Of one image a view would have other strides, by which torch no longer sees that it is channels-last, and copies it.
-    joined = x if images == 1 else x.reshape(1, -1, *x.shape[2:])
-    y = F.conv2d(joined, filters.flatten(0, 1), groups=images)
-    y = y.reshape(images, outputs, *x.shape[2:])
+    filters = layer.weight.flatten(1) * (gain * layer.weight_gain * style)[:, None]
+    if len(x) == 1 and memory_format_of(x) == torch.channels_last:  # a convolution, to which a `TiledMap` has an answer
+        y = F.conv2d(x, filters[0, :, :, None, None])
+    else:  # of others torch's convolution takes a copy in blocks of channels, and one image after the other
+        y = torch.bmm(filters, x.flatten(2)).unflatten(2, x.shape[2:]).contiguous(memory_format=memory_format_of(x))
     if form.biased and layer.bias is not None:
         y = y + gain * layer.bias.view(-1, 1, 1)
     return y if bound is None else y.clamp(-bound, bound)
