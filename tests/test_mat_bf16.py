@@ -12,6 +12,7 @@ from PIL import Image
 
 import inpaintrt as irt
 from inpaintrt import models
+from inpaintrt.adapters import engine
 from inpaintrt.runtime.dispatch import launches
 from inpaintrt.testing import assert_close_to_truth, recipe
 
@@ -57,7 +58,8 @@ def _check(network, z, draws, side):
             with launches() as heard:
                 got = fast(image, mask, z, draws=draws)
         assert truth[hole].std() > 0.1, "the network makes something of it"
-        assert {"fused_conv2d", "window_attention"} <= {launch.op for launch in heard}
+        expected = {"window_attention"} | ({"fused_conv2d"} if engine._bf16_pays() else set())
+        assert expected <= {launch.op for launch in heard}
         assert got.dtype == torch.float32
         assert bool(got.isfinite().all())
         assert torch.equal(got[~hole], image[~hole])
@@ -65,7 +67,10 @@ def _check(network, z, draws, side):
         assert_close_to_truth(got[hole], truth[hole], original[hole], context=name)
 
 
-def test_photos():
+@pytest.mark.parametrize("pays", [True, False], ids=["ours", "torchs"])
+def test_photos(monkeypatch, pays):
+    """Whichever convolution is the faster one on this machine."""
+    monkeypatch.setattr(engine, "_bf16_pays", lambda: pays)
     _check(*_reduced(), 128)
 
 
