@@ -36,7 +36,7 @@ FILES = {
 ALWAYS = ("inpaintrt/ops/{}.py", "benchmarks/bench_{}.py", "docs/ops/{}.md")
 # Files beside those of ops that are shared by them.
 SHARED = {
-    "inpaintrt/ops": {"__init__", "_shared", "_convolution", "_engine", "_resampling"},
+    "inpaintrt/ops": {"__init__", "_shared", "_convolution", "_engine", "_resampling", "_philox", "_sampling"},
     "csrc/cpu": {"dispatch", "parallel", "arena", "preferences", *PARTS},
     "kernels": {"__init__", "_lib", "_conv2d", "_fir", "aot"},
     "csrc/plan": {"plan", "nest", "fft", "conv2d", "conv2d_call", "windows", "windows_call"},

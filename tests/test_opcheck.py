@@ -17,7 +17,7 @@ def _dense(spec, sample, layout, requires_grad):
     tensors = sample.tensors(torch.Generator().manual_seed(0))
     tensors = {n: t.to(memory_format=layout) if t.dim() == 4 else t for n, t in tensors.items()}
     for name, tensor in tensors.items():
-        tensor.requires_grad_(requires_grad and name not in sample.masks)
+        tensor.requires_grad_(requires_grad and name not in (*sample.masks, *sample.values))
     return spec.bind(**tensors, **sample.kwargs)
 
 

@@ -50,8 +50,23 @@ def _id(name, backend, dtype, sample, layout):
 def _arguments(spec, sample, dtype, layout, device):
     generator = torch.Generator().manual_seed(1)
     tensors = {n: LAYOUTS[layout](t).to(device) for n, t in sample.tensors(generator, 2.0).items()}
-    tensors = {n: _keep_strides(t, dtype) for n, t in tensors.items()}
+    tensors = {n: t if n in sample.values else _keep_strides(t, dtype) for n, t in tensors.items()}
     return tensors, spec.bind(**tensors, **sample.kwargs)
+
+
+def _each(function, args):
+    """Arguments with `function` applied to their tensors, in lists too."""
+
+    def one(a):
+        if isinstance(a, list):
+            return [one(b) for b in a]
+        return function(a) if isinstance(a, torch.Tensor) else a
+
+    return tuple(map(one, args))
+
+
+def _double(t):
+    return t.double() if t.is_floating_point() else t
 
 
 def _keep_strides(t, dtype):
@@ -108,8 +123,8 @@ def check(name, backend, sample, dtype, layout, device):
         dispatch.observers.clear()
     assert seen == [(name, backend)] * 2
     baseline = as_outputs(spec.run_reference(*args))
-    truth = as_outputs(spec.run_reference(*(a.double() if isinstance(a, torch.Tensor) else a for a in args)))
-    fake = spec.out(*(a.to("meta") if isinstance(a, torch.Tensor) else a for a in args))
+    truth = as_outputs(spec.run_reference(*_each(_double, args)))
+    fake = spec.out(*_each(lambda t: t.to("meta"), args))
     for got, again, exact, base, shape in zip(first, second, truth, baseline, fake, strict=True):
         if not got.is_floating_point():  # indices: the samples leave no doubt about them
             assert torch.equal(got, exact), _id(name, backend, dtype, sample, layout)
@@ -128,7 +143,7 @@ def test_result_does_not_depend_on_threads(name):
     for sample in spec.samples("full"):
         tensors, _ = _arguments(spec, sample, torch.float32, "contiguous", "cpu")
         _, args = _arguments(spec, sample, torch.float32, "contiguous", "cpu")
-        if dispatchers[name].reasons(args, args[0])["cpu"]:
+        if dispatchers[name].reasons(args, args[0]).get("cpu", True):
             continue  # torch computes it, which makes no such promise
         results = []
         for threads in (1, 2, 3):
@@ -146,7 +161,7 @@ def test_non_finite_values_are_where_the_reference_has_them(name):
     special = torch.tensor([torch.nan, torch.inf, -torch.inf, 0.0, -0.0, huge, -huge, 89.0, -104.0, 1e-30])
     for sample in spec.samples("smoke"):
         tensors, _ = _arguments(spec, sample, torch.float32, "contiguous", "cpu")
-        for t in (t for n, t in tensors.items() if n not in sample.masks):
+        for t in (t for n, t in tensors.items() if n not in (*sample.masks, *sample.values)):
             flat = t.view(-1)
             places = torch.randperm(flat.numel())[: flat.numel() // 2]
             flat[places] = special[torch.arange(len(places)) % len(special)]
@@ -154,7 +169,7 @@ def test_non_finite_values_are_where_the_reference_has_them(name):
         for got, base in zip(
             as_outputs(_public(spec)(**tensors, **sample.kwargs)), as_outputs(spec.run_reference(*args)), strict=True
         ):
-            on_cpu = "cpu" in spec.lanes and not dispatchers[name].reasons(args, args[0])["cpu"]
+            on_cpu = "cpu" in spec.lanes and not dispatchers[name].reasons(args, args[0]).get("cpu", True)
             if on_cpu and (spec.lanes["cpu"].numerics(*args) == WINOGRAD or name in READS_PADDING):
                 # Phases add taps before they multiply: (a − b)·∞ is infinite where a·∞ − b·∞ is NaN.
                 lost = got.isfinite() if sample.kwargs.get("upsample", 1) > 1 else ~got.isnan()

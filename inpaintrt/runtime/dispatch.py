@@ -97,9 +97,13 @@ class Dispatcher:
         self._absences: dict[tuple[str, torch.dtype, torch.device], tuple[str, ...]] = {}
         self._told: set[tuple[str, ...]] = set()
 
-    def __call__(self, args: Args, key: Tensor) -> Outputs:
-        """`args` in schema order; `key` is the tensor whose device and dtype decide (the first tensor argument)."""
-        outs = self.out(*args)
+    def __call__(self, args: Args, key: Tensor, outs: Outputs | None = None) -> Outputs:
+        """`args` in schema order; `key` is the tensor whose device and dtype decide (the first tensor argument).
+
+        `outs`: checked tensors to write into, or None to allocate them.
+        """
+        if outs is None:
+            outs = self.out(*args)
         chosen = requested(policy.get(), self.base)
         lookup = (chosen, key.dtype, key.device)
         candidates = self._cache.get(lookup)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
@@ -60,6 +60,8 @@ def register(spec: OpSpec) -> Callable[..., Any]:
                 return op(*args)
 
         _library.impl(spec.name, _with_signature(signature, with_gradient), "Autograd")
+    else:
+        _without_gradient(spec.name, signature, op)
 
     def call(*args: Any) -> Any:
         # Without gradients the Python kernel on the Autograd key would only cost time (5 µs): step past it.
@@ -71,10 +73,66 @@ def register(spec: OpSpec) -> Callable[..., Any]:
     return call
 
 
+def register_out(spec: OpSpec) -> Callable[..., Any]:
+    """Define `<name>_out(out0, …, <arguments>) -> ()`, which writes into its first arguments, of an op that is registered.
+
+    Returns a callable of (outs, *arguments in schema order) that returns the outs. Not differentiable.
+    """
+    dispatcher, check = dispatchers[spec.name], spec.into
+    if check is None:
+        raise ValueError(f"{spec.name} has no `into`, which checks the tensors that it writes into")
+    returned = spec.signature.return_annotation
+    count = 1 if returned is Tensor else len(get_args(returned))
+    names = [f"out{i}" for i in range(count)]
+    kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
+    parameters = [inspect.Parameter(name, kind, annotation=Tensor) for name in names]
+    parameters += [p.replace(kind=kind, default=inspect.Parameter.empty) for p in spec.signature.parameters.values()]
+    signature = inspect.Signature(parameters, return_annotation=None)
+    key = next(i for i, p in enumerate(parameters[count:], count) if p.annotation is Tensor)
+
+    def write(args: Args) -> None:
+        check(args[:count], *args[count:])
+        dispatcher(args[count:], args[key], args[:count])
+        for out in args[:count]:
+            if not out.is_inference():
+                torch.autograd.graph.increment_version(out)
+
+    run = _with_signature(signature, write)
+    fake = _with_signature(signature, lambda args: check(args[:count], *args[count:]))
+    op = _define(spec.name + "_out", signature, run, fake, names)
+    _without_gradient(spec.name + "_out", signature, op)
+
+    def call(outs: Outputs, *args: Any) -> Outputs:
+        if len(outs) != count:
+            raise ValueError(f"out has {len(outs)} tensors; accepted: {count}")
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+            op(*outs, *args)
+        else:
+            with torch._C._AutoDispatchBelowAutograd():
+                op(*outs, *args)
+        return outs
+
+    return call
+
+
+def _without_gradient(name: str, signature: inspect.Signature, op: Callable[..., Any]) -> None:
+    """Outputs that require no gradient, whatever the inputs do: backpropagation says so instead of missing a part."""
+
+    def detached(args: Args) -> Any:
+        with torch._C._AutoDispatchBelowAutograd():
+            return op(*args)
+
+    _library.impl(name, _with_signature(signature, detached), "Autograd")
+
+
 def _define(
-    name: str, signature: inspect.Signature, run: Callable[..., Any], fake: Callable[..., Any]
+    name: str,
+    signature: inspect.Signature,
+    run: Callable[..., Any],
+    fake: Callable[..., Any],
+    mutated: Sequence[str] = (),
 ) -> Callable[..., Any]:
-    schema = torch.library.infer_schema(_with_signature(signature, lambda args: None), mutates_args=())
+    schema = torch.library.infer_schema(_with_signature(signature, lambda args: None), mutates_args=mutated)
     _library.define(name + schema, tags=[torch.Tag.pt2_compliant_tag])
     _library.impl(name, run, _implementation)
     torch.library.register_fake(f"inpaintrt::{name}", fake, lib=_library)

@@ -52,13 +52,17 @@ class Sample:
     kwargs: Mapping[str, Any] = field(default_factory=dict)
     masks: tuple[str, ...] = ()
     """Tensors that hold 0 and 1 instead of any number; no gradient is asked of them."""
+    values: Mapping[str, Tensor] = field(default_factory=dict)
+    """Tensors that hold these numbers, in this dtype (coefficients, seeds); their shapes are in `shapes` too."""
 
     def tensors(self, generator: torch.Generator, scale: float = 1.0) -> dict[str, Tensor]:
         """Normal numbers of standard deviation `scale`; masks are 1 in a box of about a third of each side."""
-        return {
-            name: _box(shape, generator) if name in self.masks else scale * torch.randn(shape, generator=generator)
-            for name, shape in self.shapes.items()
-        }
+        return {name: self._tensor(name, shape, generator, scale) for name, shape in self.shapes.items()}
+
+    def _tensor(self, name: str, shape: tuple[int, ...], generator: torch.Generator, scale: float) -> Tensor:
+        if name in self.values:
+            return self.values[name].clone()
+        return _box(shape, generator) if name in self.masks else scale * torch.randn(shape, generator=generator)
 
 
 def _box(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
@@ -85,6 +89,8 @@ class OpSpec:
     backward_lanes: backends that have a kernel for the gradient; elsewhere it is the reference's.
     samples: calls for the generated tests; level "smoke" is a subset of "full"; "bench" is real layer shapes.
     cost: of a call, from its arguments.
+    into: for ops that write into tensors of their callers too: called with those tensors as a tuple and then the arguments,
+        checks both (`ValueError`).
     """
 
     name: str
@@ -96,6 +102,7 @@ class OpSpec:
     summary: str
     backward_lanes: Mapping[str, Lane] = field(default_factory=dict)
     differentiable: bool = True
+    into: Callable[..., None] | None = None
 
     def run_reference(self, *args: Any) -> Any:
         """The reference, given the arguments as one tuple in schema order."""
@@ -106,9 +113,12 @@ class OpSpec:
         return inspect.signature(self.reference, eval_str=True)
 
     def bind(self, *args: Any, **kwargs: Any) -> Args:
-        """The arguments in schema order, defaults filled in."""
+        """The arguments in schema order, defaults filled in; a stack of tensors stands for a list of them."""
         bound = self.signature.bind(*args, **kwargs)
         bound.apply_defaults()
+        for name, value in bound.arguments.items():
+            if isinstance(value, Tensor) and self.signature.parameters[name].annotation == list[Tensor]:
+                bound.arguments[name] = list(value.unbind())
         return tuple(bound.arguments.values())
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -13,6 +13,11 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {}
 def _layout(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
     LAYOUTS[function.__name__] = function
     return function
+
+
+def _poisoned(x: Tensor, shape: Sequence[int]) -> Tensor:
+    """NaN, or the least integer, in x's dtype."""
+    return x.new_full(shape, torch.nan if x.is_floating_point() else torch.iinfo(x.dtype).min)
 
 
 @_layout
@@ -34,7 +39,7 @@ def transposed(x: Tensor) -> Tensor:
 @_layout
 def sliced(x: Tensor) -> Tensor:
     """Cut out of a larger buffer full of NaN: a read outside shows in the result."""
-    buffer = x.new_full([n + 2 for n in x.shape], torch.nan)
+    buffer = _poisoned(x, [n + 2 for n in x.shape])
     view = buffer[tuple(slice(1, n + 1) for n in x.shape)]
     return view.copy_(x)
 
@@ -42,14 +47,14 @@ def sliced(x: Tensor) -> Tensor:
 @_layout
 def offset(x: Tensor) -> Tensor:
     """Contiguous, one element after an aligned address."""
-    buffer = x.new_full((x.numel() + 1,), torch.nan)
+    buffer = _poisoned(x, [x.numel() + 1])
     return buffer[1:].view(x.shape).copy_(x)
 
 
 @_layout
 def every_other(x: Tensor) -> Tensor:
     """Every second element of the last dimension; NaN between them."""
-    buffer = x.new_full((*x.shape[:-1], 2 * x.shape[-1]), torch.nan)
+    buffer = _poisoned(x, [*x.shape[:-1], 2 * x.shape[-1]])
     return buffer[..., ::2].copy_(x)
 
 
