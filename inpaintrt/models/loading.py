@@ -14,7 +14,19 @@ from torch import Tensor, nn
 
 from inpaintrt.runtime.errors import WeightsError
 
-from . import aotgan, comodgan, deepfill_v1, deepfill_v2, glcic, lama, mat, migan, partialconv_unet
+from . import (
+    aotgan,
+    comodgan,
+    deepfill_v1,
+    deepfill_v2,
+    glcic,
+    guided_classifier,
+    guided_unet,
+    lama,
+    mat,
+    migan,
+    partialconv_unet,
+)
 from .weights_file import ModuleNote, WeightsFile
 
 NETWORKS = {
@@ -27,6 +39,8 @@ NETWORKS = {
     "partialconv_unet": partialconv_unet.PConvUNet,
     "comodgan": comodgan.CoModGAN,
     "migan": migan.MIGAN,
+    "guided_unet": guided_unet.GuidedUNet,
+    "guided_classifier": guided_classifier.GuidedClassifier,
 }
 SHIPPED = {"lama_mini": ("lama", "lama_mini.safetensors")}
 _FAMILIES = {
@@ -39,6 +53,8 @@ _FAMILIES = {
     "partialconv_unet": partialconv_unet,
     "comodgan": comodgan,
     "migan": migan,
+    "guided_unet": guided_unet,
+    "guided_classifier": guided_classifier,
 }
 """Modules that know what their weights look like. Each has ANCHORS: keys below the container of layers, one of which is in
 every such file and in no other; NAMES: a pattern that fits the beginning of all keys there; PREFIX: what precedes them in
