@@ -19,6 +19,7 @@ from .runtime.draws import noted, replayed, seeded
 from .runtime.inverse import inverse_note, numpy_inverse
 from .runtime.probe import in_double
 from .runtime.swap import Adapter, Record, arranged, disabled, policy_of, record_of
+from .runtime.wide import Widened
 from .testing.compare import Numerics, close_to_truth, flat_tensors
 
 END_TO_END_RMS = 2e-5
@@ -166,7 +167,7 @@ def _original(module: nn.Module, args: tuple[Any, ...]) -> tuple[list[Tensor], l
         wide = copy.deepcopy(module).double()
         with seeded(module, args), noted() as random:
             expected = flat_tensors(module(*_clone(args)))
-        with _default_double(), seeded(module, args), replayed(random.draws):
+        with _default_double(), seeded(module, args), replayed(random.draws), Widened():
             truth = flat_tensors(wide(*in_double(_clone(args))))
     return expected, truth
 

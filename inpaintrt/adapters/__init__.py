@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 __all__ = ["ADAPTERS", "convolution", "deepfill", "mat", "torchscript"]
 
 _FAMILIES = (
-    "lama", "aotgan", "glcic", "partialconv", "mat_attention", "contextual_attention", "gated", "migan", "stylegan2",
+    "lama", "aotgan", "glcic", "partialconv", "guided", "mat_attention", "contextual_attention", "gated", "migan", "stylegan2",
     "convolution",
 )  # fmt: skip
 

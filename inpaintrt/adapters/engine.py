@@ -40,6 +40,7 @@ def convolved(
     before: Tensor | None = None,
     after: Tensor | None = None,
     scale: Tensor | None = None,
+    upsample: int = 1,
 ) -> Tensor:
     """act(scale · conv(x) + bias + before) + after with the geometry of `conv` (transposed, too), another weight and bias.
 
@@ -47,13 +48,14 @@ def convolved(
     act: a module, a pair (name, alpha) as ops have them, or None.
     after: gives the sum its dtype.
     scale: one factor per output, such as a batch norm's.
+    upsample: 2 reads x doubled by nearest neighbour.
     """
     dtype = _kernel_dtype(conv, x)
     if scale is not None and dtype != torch.float32:  # a factor rounded to bfloat16 would be wrong in the whole channel
         weight = weight * (scale.view(-1, 1, 1) if getattr(conv, "transposed", False) else scale.view(-1, 1, 1, 1))
         scale = None
     if dtype is None:
-        y = _torchs(conv, x, weight, bias)
+        y = _torchs(conv, x, weight, bias, upsample)
         return _plus(activated(act, y if before is None else y.add_(before)), after)
     name, alpha = ("relu", None) if isinstance(act, nn.ReLU) else act if isinstance(act, tuple) else ("none", None)
     fused = act is None or isinstance(act, (nn.ReLU, tuple))
@@ -63,7 +65,7 @@ def convolved(
     y = ops.fused_conv2d(
         _in(dtype, x), weight.to(dtype), None if bias is None else bias.to(dtype),
         stride=conv.stride[0], padding=conv.padding, dilation=conv.dilation[0], padding_mode=conv.padding_mode,
-        transposed=transposed, output_padding=conv.output_padding[0] if transposed else 0, scale=scale,
+        upsample=upsample, transposed=transposed, output_padding=conv.output_padding[0] if transposed else 0, scale=scale,
         activation=name, alpha=alpha, residual=None if residual is None else residual.to(dtype),
         residual_mode="after" if fits else "before",
     )  # fmt: skip
@@ -83,8 +85,10 @@ def gate_convolved(conv: Any, x: Tensor, weight: Tensor, bias: Tensor | None, ac
     )  # fmt: skip
 
 
-def _torchs(conv: Any, x: Parts, weight: Tensor, bias: Tensor | None) -> Tensor:
+def _torchs(conv: Any, x: Parts, weight: Tensor, bias: Tensor | None, upsample: int = 1) -> Tensor:
     joined = x if isinstance(x, Tensor) else torch.cat(list(x), dim=1)
+    if upsample > 1:
+        joined = F.interpolate(joined, scale_factor=float(upsample), mode="nearest")
     if getattr(conv, "transposed", False):
         return F.conv_transpose2d(
             joined, weight, bias, conv.stride, conv.padding, conv.output_padding, 1, conv.dilation

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from inpaintrt.runtime.swap import disabled
+from inpaintrt.runtime.wide import Widened
 from inpaintrt.testing.recipe import state_for
 
 T = TypeVar("T")
@@ -100,7 +101,8 @@ class Twin:
     def run(self, *args: Any) -> Any:
         """The original's result for arguments of one dtype; raises what it raises."""
         dtype = next(t.dtype for t in args if isinstance(t, Tensor))
-        with torch.no_grad(), disabled(), _default_dtype(dtype), torch.random.fork_rng(devices=[]):
+        wide = Widened() if dtype == torch.float64 else contextlib.nullcontext()
+        with torch.no_grad(), disabled(), _default_dtype(dtype), torch.random.fork_rng(devices=[]), wide:
             return self.copy(dtype).forward(*args)
 
 

@@ -1,0 +1,405 @@
+"""guided-diffusion's UNet in whatever copy: the whole network channels-last, its blocks fused (`guided_blocks`).
+
+A network is read into rows of blocks. What its code does with them (which output is kept for which block of the way up,
+what embedding they are given, what is cast and when) is found without computing anything: in a copy that shares the
+weights, each block is replaced by a stand-in that returns noise of the right shape, and what each was given must be what
+the plan says, to the last bit. So a network of any size is recognised in the time that its small blocks take to be tried.
+
+Embeddings depend on the timestep and the label alone. `StepTable` holds them for a whole schedule, as every block needs
+them.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from inpaintrt.models.guided_layers import timestep_embedding
+from inpaintrt.runtime.swap import disabled
+from inpaintrt.testing.recipe import image
+
+from .engine import convolved
+from .ffc import refuses_tensor
+from .folding import memory_format_of
+from .guided_blocks import (
+    ADAPTERS as BLOCK_ADAPTERS,
+)
+from .guided_blocks import (
+    Attention,
+    Block,
+    Residual,
+    applied,
+    blocks_in,
+    heads_of,
+    modulated,
+    normed,
+    refuses_gradient,
+    size_after,
+    way_of,
+)
+from .trial import Verdicts, bare_copy, settings_of
+
+# ---- reading --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Network:
+    """A UNet by its parts.
+
+    down: rows of blocks after the first convolution, each of whose output is kept. up: rows that are given the features and
+    what was kept last.
+    """
+
+    time: tuple[Any, Any]
+    labels: Any
+    first: Any
+    down: list[list[Block]]
+    middle: list[Block]
+    up: list[list[Block]]
+    norm: Any
+    last: Any
+
+    @property
+    def blocks(self) -> list[Block]:
+        return [block for row in (*self.down, self.middle, *self.up) for block in row]
+
+    @property
+    def residuals(self) -> list[Residual]:
+        return [block for block in self.blocks if isinstance(block, Residual)]
+
+    @property
+    def multiple(self) -> int:
+        """What heights and widths must be multiples of."""
+        halvings = [block for row in self.down for block in row if size_after(block, (2,)) == (1,)]
+        return 2 ** len(halvings)
+
+
+def network_of(module: Any) -> Network | str | None:
+    """None for what is no such UNet, a sentence for one of which a part cannot be read."""
+    parts = module._modules
+    down, up, middle, out, time = (
+        parts.get(name) for name in ("input_blocks", "output_blocks", "middle_block", "out", "time_embed")
+    )
+    if not (isinstance(down, nn.ModuleList) and isinstance(up, nn.ModuleList) and len(down) == len(up)):
+        return None
+    if not all(isinstance(row, nn.Sequential) for row in (middle, out, time, *down, *up)):
+        return None
+    linears = [layer for layer in time.children() if isinstance(layer, nn.Linear)]  # type: ignore[union-attr]
+    ends = list(out.children())  # type: ignore[union-attr]
+    first = next(down[0].children(), None)
+    if len(linears) != 2 or len(ends) != 3 or not isinstance(ends[0], nn.GroupNorm):
+        return None
+    if not isinstance(first, nn.Conv2d) or len(down[0]) != 1 or not isinstance(ends[-1], nn.Conv2d):  # type: ignore[arg-type]
+        return None
+    rows: list[list[Block]] = []
+    width, widths = first.out_channels, [first.out_channels]
+    for row in (*down[1:], middle, *up):
+        if len(rows) >= len(down):
+            width += widths.pop()
+        blocks = blocks_in(row, width)
+        if isinstance(blocks, str):
+            return f"it has {blocks}"
+        width = blocks[-1].widths[1] if blocks else width
+        rows.append(blocks)
+        if len(rows) < len(down):
+            widths.append(width)
+    n = len(down) - 1
+    return Network(
+        (linears[0], linears[1]), parts.get("label_emb"), first, rows[:n], rows[n], rows[n + 1 :], ends[0], ends[-1]
+    )
+
+
+# ---- the fused form -------------------------------------------------------------------------------------------------
+
+
+def embedding(network: Network, timesteps: Tensor, y: Tensor | None) -> Tensor:
+    """SiLU of the embedding of timesteps (B,) and labels (B,) or None, as blocks' linear layers take it."""
+    before, after = network.time
+    emb = modulated(before, timestep_embedding(timesteps, before.in_features).to(before.weight.dtype))
+    emb = modulated(after, F.silu(emb))
+    return F.silu(emb if network.labels is None else emb + network.labels(y))
+
+
+def modulations(network: Network, timesteps: Tensor, y: Tensor | None) -> list[Tensor]:
+    """What every residual block makes of the embedding, in their order: (B, channels or twice as many)."""
+    if (rows := kept(network, timesteps, y)) is not None:
+        return rows
+    with torch.autocast(timesteps.device.type, enabled=False):
+        emb = embedding(network, timesteps, y)
+        return [modulated(block.linear, emb) for block in network.residuals]
+
+
+def denoised(network: Network, x: Tensor, rows: Sequence[Tensor]) -> Tensor:
+    """The network's output for images and what residual blocks are given."""
+    formats = memory_format_of(x), memory_format_of(network.last.weight)
+    given = iter(rows)
+
+    def run(blocks: Sequence[Block], h: Any) -> Any:
+        for block in blocks:
+            h = applied(block, h, next(given) if isinstance(block, Residual) else None)
+        return h
+
+    first, last = network.first, network.last
+    h = convolved(first, x.contiguous(memory_format=torch.channels_last), first.weight, first.bias)
+    skips = [h]
+    for blocks in network.down:
+        h = run(blocks, h)
+        skips.append(h)
+    h = run(network.middle, h)
+    for blocks in network.up:
+        h = run(blocks, (h, skips.pop()))
+    h = convolved(last, normed(network.norm, h), last.weight, last.bias)
+    return h.contiguous(
+        memory_format=torch.channels_last if torch.channels_last in formats else torch.contiguous_format
+    )
+
+
+# ---- a schedule's embeddings, kept ----------------------------------------------------------------------------------
+
+_ROWS = "_inpaintrt_rows"
+
+
+class StepTable:
+    """What every residual block of a UNet makes of each timestep of a schedule, computed once.
+
+    `table[i]` is a plain tensor of timesteps that carries its row: `model(x, table[i], y)` computes with it what it would
+    compute with `timesteps[i]`, and an accelerated model reads the row instead of multiplying by the weights of some forty
+    linear layers. Whatever loses the row (`.to`, `+`, an original forward) loses time only. A row is not read once the
+    model's weights, or the timesteps, have been written to or replaced since.
+
+    Args:
+        model: a UNet of guided-diffusion's kind, accelerated or not.
+        timesteps: (N,), of all steps, on the model's device.
+        y: (B,) labels of the images that will be denoised together, for a model that has classes.
+        batch: number of images, where y does not tell.
+
+    Raises: `ValueError` for another model, other shapes, or labels that are missing or superfluous.
+    """
+
+    def __init__(self, model: nn.Module, timesteps: Tensor, y: Tensor | None = None, *, batch: int = 1) -> None:
+        network = network_of(model)
+        if not isinstance(network, Network):
+            raise ValueError(
+                f"model is a {type(model).__name__}; accepted: a UNet of guided-diffusion's kind {network or ''}"
+            )
+        if timesteps.dim() != 1 or (y is None) != (network.labels is None) or (y is not None and y.dim() != 1):
+            raise ValueError(
+                f"timesteps is {tuple(timesteps.shape)}, y {None if y is None else tuple(y.shape)}; accepted: (N,), and "
+                f"{'None' if network.labels is None else '(B,)'}"
+            )
+        self._y, count = y, batch if y is None else len(y)
+        with torch.no_grad(), torch.autocast(timesteps.device.type, enabled=False):
+            self._steps = [step.repeat(count) for step in timesteps]
+            each = [embedding(network, step, y) for step in (self._steps if y is not None else timesteps[:, None])]
+            emb = torch.stack(each)
+            self._tables = [modulated(block.linear, emb) for block in network.residuals]
+        self._state = _state_of(network)
+
+    def __len__(self) -> int:
+        return len(self._steps)
+
+    def __getitem__(self, i: int) -> Tensor:
+        """(B,) timesteps of step i, which carry what the blocks need."""
+        step = self._steps[i]
+        rows = [table[i].expand(len(step), -1) for table in self._tables]
+        step.__dict__[_ROWS] = rows, self._state, self._y, step._version
+        return step
+
+
+def kept(network: Network, timesteps: Tensor, y: Tensor | None) -> list[Tensor] | None:
+    """The rows that timesteps carry, where they still hold for this network and these labels."""
+    carried = None if torch.compiler.is_compiling() else timesteps.__dict__.get(_ROWS)
+    if carried is None:
+        return None
+    rows, state, labels, version = carried
+    if labels is not y or version != timesteps._version or state != _state_of(network):
+        return None
+    return rows  # type: ignore[no-any-return]
+
+
+def _state_of(network: Network) -> tuple[Any, ...]:
+    """Identity, version and some values of all weights that a table depends on: `.data` writes leave versions alone."""
+    layers = [*network.time, *([] if network.labels is None else [network.labels])]
+    layers += [block.linear for block in network.residuals]
+    tensors = [t for layer in layers for t in (layer.weight, getattr(layer, "bias", None)) if t is not None]
+    samples = [t.detach().flatten()[:: max(1, t.numel() // 8)][:8] for t in tensors]
+    places = tuple((t.data_ptr(), t._version, t.dtype) for t in tensors)
+    return *places, tuple(torch.cat(samples).tolist())
+
+
+# ---- what a network's code does with its blocks ---------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Wiring:
+    """keywords: whether a call may have other keywords than x, timesteps and y, which the code does not look at."""
+
+    keywords: bool
+
+
+class _StandIns:
+    """A copy of a network, which shares its weights, with stand-ins for its blocks that return noise and keep their inputs."""
+
+    def __init__(self, module: nn.Module) -> None:
+        shared: dict[int, Tensor] = {id(t): t for t in (*module.parameters(), *module.buffers())}
+        self.twin = bare_copy(module, shared)
+        network = network_of(self.twin)
+        assert isinstance(network, Network)
+        self.network, self.given, self.made = network, [], []  # type: ignore[var-annotated]
+        first = network.first
+        self.side = network.multiple
+        self.x = image("probe/guided/x", 1, first.in_channels, self.side, 2 * self.side).to(first.weight)
+        size: Sequence[int] = self.x.shape[2:]
+        self._stand_in(first, first.out_channels, size)
+        for block in network.blocks:
+            size = size_after(block, size)
+            self._stand_in(block.module, block.widths[1], size)
+        self._stand_in(self.twin.out, network.last.out_channels, size)
+
+    def _stand_in(self, module: nn.Module, channels: int, size: Sequence[int]) -> None:
+        at = len(self.made)
+        self.made.append(image(f"probe/guided/{at}", 1, channels, *size).to(self.x))
+
+        def forward(*args: Any) -> Tensor:
+            self.given.append((at, args))
+            return self.made[at]  # type: ignore[no-any-return]
+
+        module.__dict__["forward"] = forward
+
+    def run(self, t: Tensor, y: Tensor | None, keywords: dict[str, Any]) -> Any:
+        self.given.clear()
+        given = (self.x, t) if y is None else (self.x, t, y)
+        with torch.no_grad(), disabled(), torch.random.fork_rng(devices=[]):
+            return self.twin(*given, **keywords)
+
+    def planned(self) -> list[tuple[Tensor, bool]]:
+        """What each stand-in should be given, and whether the embedding, too."""
+        network, at, plan = self.network, 0, [(self.x, False)]
+        skips, h = [self.made[0]], self.made[0]
+        rows = [*network.down, network.middle, *network.up]
+        for i, row in enumerate(rows):
+            if i > len(network.down):
+                h = torch.cat([h, skips.pop()], dim=1)
+            for block in row:
+                at += 1
+                plan.append((h, isinstance(block, Residual)))
+                h = self.made[at]
+            if i < len(network.down):
+                skips.append(h)
+        return [*plan, (h, False)]
+
+    def obeys(self, result: Any, emb: Tensor) -> bool:
+        """Whether the last run went by the plan."""
+        plan = self.planned()
+        if [at for at, _ in self.given] != list(range(len(plan))):
+            return False
+        for (_, args), (h, embedded) in zip(self.given, plan, strict=True):
+            if len(args) != 1 + embedded or not torch.equal(args[0], h):
+                return False
+            if embedded and (args[1].shape != emb.shape or not _near(F.silu(args[1]), emb)):
+                return False
+        return isinstance(result, Tensor) and torch.equal(result, self.made[-1])
+
+
+def _near(a: Tensor, b: Tensor) -> bool:
+    """Equal but for the last bit of frequencies, which t = 999 makes 6e-5 of."""
+    return bool((a - b).abs().max() <= 1e-3 * b.abs().max())
+
+
+def _judge(module: Any) -> Wiring | str:
+    try:
+        copy = _StandIns(module)
+        t = torch.tensor([421], device=copy.x.device)
+        y = None if copy.network.labels is None else torch.zeros_like(t) + (copy.network.labels.num_embeddings - 1)
+        with torch.no_grad():
+            emb = embedding(copy.network, t, y)
+        if not copy.obeys(copy.run(t, y, {}), emb):
+            return "it has the parts of guided-diffusion's UNet, but its code does something else with them"
+    except Exception as error:  # somebody else's code, which may want other arguments than its structure suggests
+        return f"the original cannot run on the probe's input: {type(error).__name__}: {error}"
+    parameters = list(inspect.signature(_original(module).forward).parameters.values())[4:]
+    others = {p.name: object() for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+    if any(p.kind is p.VAR_KEYWORD for p in parameters):
+        others["gt"] = object()
+    try:  # what is no tensor can be passed on, but not be used
+        return Wiring(bool(others) and copy.obeys(copy.run(t, y, others), emb))
+    except Exception:
+        return Wiring(False)
+
+
+def _original(module: Any) -> Any:
+    return getattr(type(module), "__inpaintrt_original__", type(module))
+
+
+_wirings: Verdicts[Wiring] = Verdicts(_judge)
+
+
+def wiring_of(module: Any, network: Network | str | None) -> Wiring | str:
+    """How a network's code is called; "" for what is no such network, else a sentence says why it has no fused form."""
+    if not isinstance(network, Network):
+        return network or ""
+    forms = tuple((type(b), b.widths, heads_of(b) if isinstance(b, Attention) else way_of(b)) for b in network.blocks)
+    key = (settings_of(module), forms, [len(row) for row in (*network.down, *network.up)].__repr__())
+    return _wirings.of(module, key)
+
+
+# ---- the adapter ----------------------------------------------------------------------------------------------------
+
+
+class UNetAdapter:
+    """A whole UNet: (image, timesteps[, labels]) → image."""
+
+    name = "guided.unet"
+    ops: tuple[str, ...] = ("group_norm_silu", "fused_conv2d")
+    algorithm = "norms with modulation and SiLU in one pass, sums and joins in convolutions; channels-last inside"
+    deep = True
+    named = True
+    takes_keywords = True
+
+    def match(self, module: nn.Module) -> str | None:
+        network = network_of(module)
+        if network is None:
+            return ""
+        form = wiring_of(module, network)
+        return None if isinstance(form, Wiring) else form
+
+    def forward(self, module: Any, x: Tensor, timesteps: Tensor, y: Tensor | None = None, *_: Any, **__: Any) -> Tensor:
+        network = network_of(module)
+        assert isinstance(network, Network)
+        return denoised(network, x, modulations(network, timesteps, y))
+
+    def refuses(self, module: Any, *args: Any, **keywords: Any) -> Iterator[str]:
+        network = network_of(module)
+        form = wiring_of(module, network)
+        if not isinstance(network, Network) or isinstance(form, str):
+            yield form or "it is no such UNet any more"  # type: ignore[misc]
+            return
+        if (keywords or len(args) > 3) and not form.keywords:
+            yield f"called with arguments beyond image, timesteps and labels ({', '.join(keywords) or len(args)})"
+            return
+        x, t, y = (*args, None, None)[:3] if args else (None, None, None)
+        yield from refuses_tensor(x, network.first.weight, network.first.in_channels)
+        if not isinstance(x, Tensor) or x.dim() != 4:
+            return
+        if not isinstance(t, Tensor) or t.shape != (len(x),) or t.device != x.device:
+            yield "timesteps are not one number for each image, on its device"
+        if (y is None) != (network.labels is None) or (
+            y is not None and (not isinstance(y, Tensor) or y.shape != t.shape)
+        ):
+            yield "labels are missing, superfluous, or not one for each image"
+        if any(n % network.multiple or not n for n in x.shape[2:]):
+            yield f"the size {tuple(x.shape[2:])} is not a multiple of {network.multiple}"
+        yield from refuses_gradient(x)
+
+    def probe_inputs(self, module: Any) -> Iterator[tuple[Any, ...]]:
+        """None: blocks were tried and the wiring compared while it was recognised, whatever the network's size."""
+        return iter(())
+
+
+ADAPTERS = (UNetAdapter(), *BLOCK_ADAPTERS)
