@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from ._version import __version__
 
 if TYPE_CHECKING:
-    from . import models, ops
+    from . import models, ops, samplers
     from .acceleration import accelerate, explain, refresh, restore, verify
     from .diagnostics import info
     from .models import load
@@ -32,12 +32,12 @@ _HOME = {
     "use_backend": "runtime.policy", "disabled": "runtime.swap", "InpaintRTError": "runtime.errors",
     "UnsupportedError": "runtime.errors", "WeightsError": "runtime.errors", "tune": "tuner",
 }  # fmt: skip
-_SUBMODULES = ("adapters", "models", "ops", "testing", "viz")
+_SUBMODULES = ("adapters", "models", "ops", "samplers", "testing", "viz")
 
 __all__ = [
     "InpaintRTError", "Report", "UnsupportedError", "WeightsError", "__version__", "accelerate",
-    "disabled", "empty_cache", "explain", "info", "load", "models", "ops", "refresh", "restore", "tune", "use_backend",
-    "verify",
+    "disabled", "empty_cache", "explain", "info", "load", "models", "ops", "refresh", "restore", "samplers", "tune",
+    "use_backend", "verify",
 ]  # fmt: skip
 
 

@@ -161,6 +161,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
     "inpaintrt.backends": ("inpaintrt.runtime",),
     "inpaintrt.ops": ("inpaintrt.runtime", *PURE),
     "inpaintrt.models": ("inpaintrt.runtime", "inpaintrt.ops"),
+    "inpaintrt.samplers": ("inpaintrt.runtime", "inpaintrt.ops"),
     "inpaintrt.adapters": ("inpaintrt.runtime", "inpaintrt.ops", "inpaintrt.models", *PURE),
 }
 
