@@ -35,3 +35,18 @@ class WeightsError(InpaintRTError):
 
 class ImageError(InpaintRTError):
     """An image or mask file cannot be read, or cannot be filled without changing known pixels."""
+
+
+class CheckpointError(InpaintRTError):
+    """A sampler's checkpoint cannot be written, is damaged, or belongs to another run."""
+
+
+class Cancelled(InpaintRTError):
+    """A sampler was asked to stop, and did so between two calls of the model: after `done` of `calls`."""
+
+    def __init__(self, done: int, calls: int) -> None:
+        self.done, self.calls = done, calls
+        super().__init__(f"cancelled after {done} of {calls} calls of the model")
+
+    def __reduce__(self) -> tuple[type[Cancelled], tuple[int, int]]:
+        return Cancelled, (self.done, self.calls)
