@@ -535,7 +535,7 @@ IMAGE, MASK = problem(batch=2)
         ({"prediction": "noise"}, "prediction is 'noise'; accepted: epsilon, x0, v"),
         ({"clip": -1.0}, "clip is -1.0; accepted: None or a positive number"),
         ({"model": Model().train()}, "the model is in training mode"),
-        ({"model": Model(3)}, r"returned \(2, 3, 8, 10\); accepted: \(2, 6, 8, 10\) .* without variances: variance=\"fixed_small"),
+        ({"model": Model(3)}, r"returned \(2, 3, 8, 10\); accepted: \(2, 6, 8, 10\) .* variances: variance=\"fixed_small"),
         ({"model": Model(6), "variance": "fixed_large"}, r"accepted: \(2, 3, 8, 10\) with variance='fixed_l"),
         ({"model": lambda x, t: (x, x)}, "the model returned tuple; accepted: a tensor"),
         ({"tables": Tables.linear().respaced(10)}, "the schedule begins at step 11, the tables have 10 steps"),
