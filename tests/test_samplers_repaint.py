@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import math
 import pathlib
+import re
 import warnings
 
 import numpy as np
@@ -583,3 +585,12 @@ def test_warnings_are_not_given_without_reason():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         samplers.repaint(Model(), image, mask, seeds=1, schedule=SMALL)
+
+
+@pytest.mark.parametrize("name", ["repaint", "ddnm", "sdedit"])
+def test_documentation_names_every_option(name):
+    function = getattr(samplers, name)
+    arguments = (function.__doc__ or "").split("Args:")[1].split("Returns:")[0]
+    assert not [
+        p for p in inspect.signature(function).parameters if not re.search(rf"^        .*\b{p}\b.*:", arguments, re.M)
+    ]
