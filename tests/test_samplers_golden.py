@@ -109,6 +109,6 @@ def test_class_guidance_by_a_guided_classifier():
         ahead, behind = (
             exact(x.double() + d * along, t).log_softmax(1).gather(1, y[:, None]).sum() for d in (1e-4, -1e-4)
         )
-        assert (ahead - behind) / 2e-4 == pytest.approx(found.norm().item() / 2, rel=1e-3)
+        assert (ahead - behind).item() / 2e-4 == pytest.approx(found.norm().item() / 2, rel=1e-3)
         classifier.float()
     assert all(p.grad is None for network in (classifier, unet) for p in network.parameters())
