@@ -171,7 +171,7 @@ class StepTable:
     `table[i]` is a plain tensor of timesteps that carries its row: `model(x, table[i], y)` computes with it what it would
     compute with `timesteps[i]`, and an accelerated model reads the row instead of multiplying by the weights of some forty
     linear layers. Whatever loses the row (`.to`, `+`, an original forward) loses time only. A row is not read once the
-    model's weights, or the timesteps, have been written to or replaced since.
+    model's weights, or the timesteps, have been written to or replaced since (on a GPU: but through `.data`).
 
     Args:
         model: a UNet of guided-diffusion's kind, accelerated or not.
@@ -224,13 +224,16 @@ def kept(network: Network, timesteps: Tensor, y: Tensor | None) -> list[Tensor] 
 
 
 def _state_of(network: Network) -> tuple[Any, ...]:
-    """Identity, version and some values of all weights that a table depends on: `.data` writes leave versions alone."""
+    """Identity and version of all weights that a table depends on, and on the CPU some of their values.
+
+    Writing to `.data` leaves versions alone. On a GPU that stays unseen: looking at values would wait for the device.
+    """
     layers = [*network.time, *([] if network.labels is None else [network.labels])]
     layers += [block.linear for block in network.residuals]
     tensors = [t for layer in layers for t in (layer.weight, getattr(layer, "bias", None)) if t is not None]
-    samples = [t.detach().flatten()[:: max(1, t.numel() // 8)][:8] for t in tensors]
+    samples = [t.detach().flatten()[:: max(1, t.numel() // 8)][:8] for t in tensors if t.device.type == "cpu"]
     places = tuple((t.data_ptr(), t._version, t.dtype) for t in tensors)
-    return *places, tuple(torch.cat(samples).tolist())
+    return *places, tuple(torch.cat(samples).tolist()) if samples else ()
 
 
 # ---- what a network's code does with its blocks ---------------------------------------------------------------------
