@@ -245,6 +245,29 @@ def test_tables_are_never_stale(write):
     assert not torch.equal(plain, before)
 
 
+def test_tables_in_inference_mode():
+    network = irt.accelerate(painter())
+    x, t = example()
+    with torch.inference_mode():
+        table = guided.StepTable(network, t[:1], batch=len(x))
+        torch.testing.assert_close(network(x, table[0]), network(x, t[:1].expand(len(x))), rtol=1e-5, atol=1e-5)
+
+
+def test_samplers_let_accelerated_networks_read_a_table(monkeypatch):
+    network, reads = irt.accelerate(painter()), []
+    kept = guided.kept
+    monkeypatch.setattr(guided, "kept", lambda *args: reads.append(kept(*args)) or reads[-1])
+    schedule = irt.samplers.Schedule.repaint(4, jump_length=2, resampling=2)
+    hole = torch.zeros(1, 1, 8, 8)
+    hole[..., 2:5, 2:5] = 1
+    image = torch.rand(1, 3, 8, 8)
+    with_table = irt.samplers.repaint(network, image, hole, seeds=1, schedule=schedule)
+    assert len(reads) == len(schedule.calls)
+    assert all(rows is not None for rows in reads)
+    plain = irt.samplers.repaint(lambda x, t: network(x, t.clone()), image, hole, seeds=1, schedule=schedule)
+    torch.testing.assert_close(with_table, plain, rtol=1e-4, atol=1e-4)
+
+
 def test_tables_refuse_what_they_cannot_hold():
     with pytest.raises(ValueError, match="model is a Linear"):
         guided.StepTable(torch.nn.Linear(2, 2), torch.tensor([1]))

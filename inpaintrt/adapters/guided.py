@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from inpaintrt.models.guided_layers import timestep_embedding
-from inpaintrt.runtime.swap import disabled
+from inpaintrt.runtime.swap import disabled, record_of
 from inpaintrt.testing.recipe import image
 
 from .engine import convolved
@@ -208,8 +208,16 @@ class StepTable:
         """(B,) timesteps of step i, which carry what the blocks need."""
         step = self._steps[i]
         rows = [table[i].expand(len(step), -1) for table in self._tables]
-        step.__dict__[_ROWS] = rows, self._state, self._y, step._version
+        step.__dict__[_ROWS] = rows, self._state, self._y, _version(step)
         return step
+
+
+def table_for(model: object, timesteps: Tensor, y: Tensor | None, batch: int) -> StepTable | None:
+    """A `StepTable` of a model that was accelerated as such a network and so reads it; None for any other."""
+    record = record_of(model) if isinstance(model, nn.Module) else None
+    if record is None or not isinstance(record.adapter, UNetAdapter):
+        return None
+    return StepTable(model, timesteps, y, batch=batch)  # type: ignore[arg-type]
 
 
 def kept(network: Network, timesteps: Tensor, y: Tensor | None) -> list[Tensor] | None:
@@ -218,7 +226,7 @@ def kept(network: Network, timesteps: Tensor, y: Tensor | None) -> list[Tensor] 
     if carried is None:
         return None
     rows, state, labels, version = carried
-    if labels is not y or version != timesteps._version or state != _state_of(network):
+    if labels is not y or version != _version(timesteps) or state != _state_of(network):
         return None
     return rows  # type: ignore[no-any-return]
 
@@ -232,8 +240,12 @@ def _state_of(network: Network) -> tuple[Any, ...]:
     layers += [block.linear for block in network.residuals]
     tensors = [t for layer in layers for t in (layer.weight, getattr(layer, "bias", None)) if t is not None]
     samples = [t.detach().flatten()[:: max(1, t.numel() // 8)][:8] for t in tensors if t.device.type == "cpu"]
-    places = tuple((t.data_ptr(), t._version, t.dtype) for t in tensors)
+    places = tuple((t.data_ptr(), _version(t), t.dtype) for t in tensors)
     return *places, tuple(torch.cat(samples).tolist()) if samples else ()
+
+
+def _version(t: Tensor) -> int:
+    return 0 if t.is_inference() else t._version
 
 
 # ---- what a network's code does with its blocks ---------------------------------------------------------------------

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from inpaintrt.adapters.guided import table_for
 from inpaintrt.runtime.errors import Cancelled, CheckpointError, InpaintRTError
 
 from .checkpoint import Checkpoint, digest, digest_of_model
@@ -95,6 +96,7 @@ def run(
     arguments = chain.inputs.arguments
     identity = _identity(chain, model, guidance) if checkpoint else {}
     with torch.no_grad():
+        told = _told(model, chain)
         first = _begin(chain, checkpoint, identity)
         started = saved = time.monotonic()
         finite = first  # calls after which the samples were looked at, and were finite
@@ -104,7 +106,7 @@ def run(
                     _check_finite(chain, call, finite)
                     checkpoint.write(call, identity, chain.state())
                 raise Cancelled(call, chain.calls)
-            output = model(chain.x, chain.timesteps[call], **arguments)
+            output = model(chain.x, told[call], **arguments)
             _check_output(output, chain)
             gradient = None if guidance is None else guidance(chain.x, chain.timesteps[call], **arguments)
             chain.advance(call, output, gradient)
@@ -120,6 +122,16 @@ def run(
     if checkpoint:
         checkpoint.remove()
     return chain.x
+
+
+def _told(model: object, chain: Chain) -> Sequence[Tensor]:
+    """What the model is told at each call: timesteps, which carry their embeddings for a model accelerated to read those."""
+    steps, index = chain.timesteps[:, 0].unique(return_inverse=True)
+    table = table_for(model, steps, chain.inputs.arguments.get("y"), batch=chain.inputs.shape[0])
+    if table is None:
+        return chain.timesteps.unbind()
+    rows = [table[i] for i in range(len(table))]
+    return [rows[i] for i in index.tolist()]
 
 
 def _begin(chain: Chain, checkpoint: Checkpoint | None, identity: Mapping[str, str]) -> int:
