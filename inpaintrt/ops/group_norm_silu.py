@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from inpaintrt.runtime.library import register
-from inpaintrt.runtime.spec import Cost, OpSpec, Outputs, Sample
+from inpaintrt.runtime.spec import Cost, Lane, OpSpec, Outputs, Sample
 
 from ._shared import empty_output
 
@@ -42,8 +42,13 @@ def _reference(
 ) -> Tensor:
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     joined = x if second is None else torch.cat([x, second], dim=1)
-    # In float64: a float32 mean loses what is left of features like 10⁴ ± 0.01. F.group_norm refuses groups of one value.
-    y = torch.group_norm(joined.to(torch.float64), num_groups, eps=eps).to(wide)
+    b, c, h, w = joined.shape
+    # In float64, and centred first: a float32 mean loses what is left of features like 10⁴ ± 0.01, and torch's group_norm
+    # of channels_last images subtracts the square of the mean from the mean of squares.
+    groups = joined.to(torch.float64).reshape(b, num_groups, c // num_groups * h * w)
+    centred = groups - groups.mean(2, keepdim=True)
+    deviation = (centred.square().mean(2, keepdim=True) + eps).sqrt()
+    y = (centred / deviation).reshape(joined.shape).to(wide)
     for factor, addend, more in ((weight, bias, 0), (scale, shift, 1)):
         if factor is not None:
             y = y * _per_channel(more + factor.to(wide))
@@ -158,7 +163,7 @@ SPEC = OpSpec(
     summary="SiLU(group_norm(x) · (1 + scale) + shift), of one tensor or of two read as joined",
     reference=_reference,
     out=_out,
-    lanes={},
+    lanes={"cpu": Lane()},
     samples=_samples,
     cost=_cost,
 )
@@ -181,7 +186,7 @@ def group_norm_silu(
 
     Args:
         x: (B, C, H, W) or (B, C, T), float32, bfloat16, float16 (float64: reference only); any strides. Or several that
-            differ in C alone, read as their concatenation along the channels: two where they are, more are joined first.
+            differ in C alone, read as their concatenation along the channels: the second where it is, more are joined first.
             A group may hold channels of both.
         num_groups: a divisor of C, of all parts together.
         weight, bias: (C,), dtype of x or float32; None is 1 and 0.
