@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from inpaintrt.runtime.library import register, register_out
-from inpaintrt.runtime.spec import FLOATS, Cost, OpSpec, Outputs, Sample
+from inpaintrt.runtime.spec import FLOATS, Cost, Lane, OpSpec, Outputs, Sample
 
 from . import _philox
 from ._sampling import blend, check_image, check_known, check_like, check_out, check_table, column, drawn
@@ -198,7 +198,7 @@ SPEC = OpSpec(
     reference=_reference,
     out=_out,
     into=_into,
-    lanes={},
+    lanes={"cpu": Lane(refuses=_refuses)},
     samples=_samples,
     cost=_cost,
     differentiable=False,

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from inpaintrt.runtime.library import register, register_out
-from inpaintrt.runtime.spec import Cost, OpSpec, Outputs, Sample
+from inpaintrt.runtime.spec import Cost, Lane, OpSpec, Outputs, Sample
 
 from . import _philox
 from ._sampling import (
@@ -284,7 +284,7 @@ SPEC = OpSpec(
     reference=_reference,
     out=_out,
     into=_into,
-    lanes={},
+    lanes={"cpu": Lane(dtypes=frozenset({torch.float32}), refuses=_refuses)},
     samples=_samples,
     cost=_cost,
     differentiable=False,
