@@ -82,6 +82,27 @@ def migan(size: int = 512) -> nn.Module:
     return network
 
 
+class AtStep(nn.Module):
+    """A diffusion UNet at one timestep of its schedule, called with the image alone."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+        self.register_buffer("t", torch.tensor([500]))
+
+    def network_input(self, image: Tensor, mask: Tensor) -> Tensor:
+        return torch.where(mask != 0, recipe.image("noise", *image.shape), image) * 2 - 1
+
+    def forward(self, x: Tensor) -> Any:
+        return self.network(x, self.t)
+
+
+def guided_unet(width: int = 128) -> nn.Module:
+    """guided-diffusion's UNet as it is made for 64 pixels, 64-channel heads at 16 and 8 of them."""
+    options = {"channel_mult": (1, 2, 3, 4), "attention_resolutions": (4, 8), "num_head_channels": width // 2}
+    return AtStep(recipe.fill(models.create("guided_unet", model_channels=width, **options)))
+
+
 BIG_LAMA = {
     "big_lama": Case(big_lama, (512, 512), group="big_lama"),
     "big_lama_256": Case(big_lama, (256, 256), group="big_lama"),
@@ -100,6 +121,10 @@ CASES |= {
     make.__name__: Case(make, (512, 512), group=make.__name__, smoke=functools.partial(make, SMOKE[0]))
     for make in (comodgan, migan)
 }
+# One call of the hundreds that make an image.
+CASES["guided_unet"] = Case(
+    guided_unet, (64, 64), rounds=None, group="guided_unet", smoke=functools.partial(guided_unet, 32)
+)
 
 
 def masked_photo(model: Any, height: int, width: int) -> tuple[Tensor, ...]:
