@@ -12,6 +12,7 @@ them.
 from __future__ import annotations
 
 import inspect
+import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -36,12 +37,10 @@ from .guided_blocks import (
     Residual,
     applied,
     blocks_in,
-    heads_of,
     modulated,
     normed,
     refuses_gradient,
     size_after,
-    way_of,
 )
 from .trial import Verdicts, bare_copy, settings_of
 
@@ -171,7 +170,9 @@ class StepTable:
     `table[i]` is a plain tensor of timesteps that carries its row: `model(x, table[i], y)` computes with it what it would
     compute with `timesteps[i]`, and an accelerated model reads the row instead of multiplying by the weights of some forty
     linear layers. Whatever loses the row (`.to`, `+`, an original forward) loses time only. A row is not read once the
-    model's weights, or the timesteps, have been written to or replaced since (on a GPU: but through `.data`).
+    model's weights, or the timesteps, have been written to or replaced since.
+
+    Writes through `.data` are noticed on a CPU; on a GPU, where looking would wait for it, they need a new table.
 
     Args:
         model: a UNet of guided-diffusion's kind, accelerated or not.
@@ -359,9 +360,36 @@ def wiring_of(module: Any, network: Network | str | None) -> Wiring | str:
     """How a network's code is called; "" for what is no such network, else a sentence says why it has no fused form."""
     if not isinstance(network, Network):
         return network or ""
-    forms = tuple((type(b), b.widths, heads_of(b) if isinstance(b, Attention) else way_of(b)) for b in network.blocks)
-    key = (settings_of(module), forms, [len(row) for row in (*network.down, *network.up)].__repr__())
+    forms = tuple(
+        (type(b), b.widths, (b.heads, b.new_order) if isinstance(b, Attention) else b.way) for b in network.blocks
+    )
+    key = (settings_of(module), forms, tuple(map(len, (*network.down, *network.up))))
     return _wirings.of(module, key)
+
+
+# ---- what was read, kept for the next call --------------------------------------------------------------------------
+
+_read: weakref.WeakKeyDictionary[nn.Module, tuple[list[int], list[Any], Network | str | None, Wiring | str]] = (
+    weakref.WeakKeyDictionary()
+)
+
+
+def read(module: Any) -> tuple[Network | str | None, Wiring | str]:
+    """`network_of` and `wiring_of`, read again only where a module inside, or any attribute of one, is another object.
+
+    A network has a thousand modules, and reading them takes longer than looking at their attributes' identities. What was
+    looked at is held, so that no other object takes its place in memory.
+    """
+    if torch.compiler.is_compiling():
+        network = network_of(module)
+        return network, wiring_of(module, network)
+    held = [value for part in module.modules() for value in (part, *vars(part).values()) if value is not module]
+    ids = list(map(id, held))
+    known = _read.get(module)
+    if known is None or known[0] != ids:
+        network = network_of(module)
+        known = _read[module] = (ids, held, network, wiring_of(module, network))
+    return known[2:]
 
 
 # ---- the adapter ----------------------------------------------------------------------------------------------------
@@ -378,20 +406,16 @@ class UNetAdapter:
     takes_keywords = True
 
     def match(self, module: nn.Module) -> str | None:
-        network = network_of(module)
-        if network is None:
-            return ""
-        form = wiring_of(module, network)
+        _, form = read(module) if "input_blocks" in module._modules else (None, "")
         return None if isinstance(form, Wiring) else form
 
     def forward(self, module: Any, x: Tensor, timesteps: Tensor, y: Tensor | None = None, *_: Any, **__: Any) -> Tensor:
-        network = network_of(module)
+        network, _wiring = read(module)
         assert isinstance(network, Network)
         return denoised(network, x, modulations(network, timesteps, y))
 
     def refuses(self, module: Any, *args: Any, **keywords: Any) -> Iterator[str]:
-        network = network_of(module)
-        form = wiring_of(module, network)
+        network, form = read(module)
         if not isinstance(network, Network) or isinstance(form, str):
             yield form or "it is no such UNet any more"  # type: ignore[misc]
             return

@@ -11,6 +11,7 @@ for a convolution; attention is torch's fused one over tokens, which channels-la
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -34,7 +35,10 @@ POINTWISE = Geometry((1, 1), (1, 1), (0, 0), (1, 1), "zeros")
 
 @dataclass(frozen=True)
 class Residual:
-    """A residual block by its parts; skip is None where the input itself is added."""
+    """A residual block by its parts; skip is None where the input itself is added.
+
+    way: what it does with the size, a key of `WAYS`; empty where it was not asked.
+    """
 
     module: Any
     norm1: Any
@@ -43,15 +47,12 @@ class Residual:
     norm2: Any
     conv2: Any
     skip: Any
+    way: str = ""
 
     @property
     def scales(self) -> bool:
         """Whether the embedding scales and shifts the second norm, or is added before it."""
         return self.linear.out_features == 2 * self.conv2.out_channels  # type: ignore[no-any-return]
-
-    @property
-    def first(self) -> Any:
-        return self.conv1
 
     @property
     def widths(self) -> tuple[int, int]:
@@ -60,12 +61,17 @@ class Residual:
 
 @dataclass(frozen=True)
 class Attention:
-    """An attention block by its parts; qkv and projection are 1×1 convolutions over pixels in a row."""
+    """An attention block by its parts; qkv and projection are 1×1 convolutions over pixels in a row.
+
+    heads, new_order: as `heads_of` found them; 0 where it was not asked.
+    """
 
     module: Any
     norm: Any
     qkv: Any
     projection: Any
+    heads: int = 0
+    new_order: bool = False
 
     @property
     def widths(self) -> tuple[int, int]:
@@ -74,11 +80,12 @@ class Attention:
 
 @dataclass(frozen=True)
 class Resize:
-    """A layer that doubles or halves the size, with its convolution or None."""
+    """A layer that doubles or halves the size, with its convolution or None; way as in `Residual`."""
 
     module: Any
     conv: Any
     channels: int
+    way: str = ""
 
     @property
     def widths(self) -> tuple[int, int]:
@@ -427,35 +434,39 @@ class AttentionAdapter:
 
 
 def blocks_in(row: Any, channels: int) -> list[Block] | str:
-    """The blocks that a Sequential runs in order on images with so many channels; a sentence for one of another kind."""
+    """The blocks that a Sequential runs in order on images with so many channels, their forms found; or what it has else."""
     found: list[Block] = []
     for part in row.children():
         block = residual_of(part) or attention_of(part) or resize_of(part, channels)
         if block is None or block.widths[0] != channels:
             return f"a {type(part).__name__} of {channels} channels"
-        form: Any = heads_of(block) if isinstance(block, Attention) else way_of(block)
-        if isinstance(form, str) and form not in WAYS:
-            return form
+        form = heads_of(block) if isinstance(block, Attention) else way_of(block)
+        if isinstance(block, Attention):
+            if isinstance(form, str):
+                return form
+            block = dataclasses.replace(block, heads=form[0], new_order=form[1])
+        elif form in WAYS:
+            block = dataclasses.replace(block, way=form)
+        else:
+            return str(form)
         found.append(block)
         channels = block.widths[1]
     return found
 
 
 def applied(block: Block, x: Parts, modulation: Tensor | None) -> Tensor:
-    """A block's result; modulation is given to residual blocks."""
+    """The result of a block whose form was found; modulation is given to residual blocks."""
     if isinstance(block, Residual):
         assert modulation is not None
-        return residual(block, WAYS[way_of(block)], x, modulation)
+        return residual(block, WAYS[block.way], x, modulation)
     joined = x if isinstance(x, Tensor) else torch.cat(list(x), dim=1)
     if isinstance(block, Resize):
-        return resized(block, way_of(block), joined)
-    form = heads_of(block)
-    assert not isinstance(form, str)
-    return attended(block, *form, joined)
+        return resized(block, block.way, joined)
+    return attended(block, block.heads, block.new_order, joined)
 
 
 def size_after(block: Block, size: Sequence[int]) -> tuple[int, ...]:
-    way = "same" if isinstance(block, Attention) else way_of(block)
+    way = "" if isinstance(block, Attention) else WAYS[block.way]
     return tuple({"up": 2 * n, "down": n // 2}.get(way, n) for n in size)
 
 
