@@ -144,6 +144,24 @@ def test_blocks_by_themselves(case):
     assert_close_to_truth(out, given["out64"], given["out"], numerics=numerics_of(heard))
 
 
+def test_blocks_keep_the_memory_format():
+    x, emb = recipe.image("x", 2, 64, 6, 8), recipe.image("emb", 2, 48)
+    for block, args in ((Cell(64, 32, 48, True), (x, emb)), (Mixer(64, 2), (x,))):
+        irt.accelerate(recipe.fill(block).eval(), strict=True)
+        for layout in (torch.contiguous_format, torch.channels_last):
+            agrees(block, args[0].contiguous(memory_format=layout), *args[1:])
+
+
+def test_compiles_and_exports_whole():
+    network = irt.accelerate(painter())
+    args = example()
+    with torch.no_grad():
+        expected = network(*args)
+        compiled = torch.compile(network, fullgraph=True, backend="eager")
+        torch.testing.assert_close(compiled(*args), expected)
+        torch.testing.assert_close(torch.export.export(network, args).module()(*args), expected)
+
+
 def test_training_and_hooks_run_the_original():
     network = irt.accelerate(painter())
     args = example()

@@ -25,6 +25,7 @@ from inpaintrt.testing.recipe import image
 
 from .engine import Parts, convolved
 from .ffc import refuses_tensor
+from .folding import memory_format_of
 from .gated import Geometry
 from .trial import Twin, Verdicts, same, settings_of
 
@@ -411,7 +412,7 @@ class AttentionAdapter:
         form = "" if block is None else heads_of(block)
         assert block is not None
         assert not isinstance(form, str)
-        return attended(block, *form, x).contiguous()
+        return attended(block, *form, x).contiguous(memory_format=memory_format_of(x))
 
     def refuses(self, module: Any, *args: Any) -> Iterator[str]:
         block = attention_of(module)
