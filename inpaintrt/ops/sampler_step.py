@@ -284,7 +284,10 @@ SPEC = OpSpec(
     reference=_reference,
     out=_out,
     into=_into,
-    lanes={"cpu": Lane(dtypes=frozenset({torch.float32}), refuses=_refuses)},
+    lanes={
+        "triton": Lane(dtypes=frozenset({torch.float32}), refuses=_refuses),
+        "cpu": Lane(dtypes=frozenset({torch.float32}), refuses=_refuses),
+    },
     samples=_samples,
     cost=_cost,
     differentiable=False,
