@@ -1,0 +1,246 @@
+"""PUT: inpainting by tokens, chosen a few at a time by a transformer that reads unquantised features of what is known.
+
+Both publications: CVPR 2022 ("cvpr") and TPAMI 2024 ("tpami"; partially known patches are mixed with a mask embedding).
+State dicts have the layout of the public checkpoints.
+
+The loop differs from the public one in what it leaves out, not in what it computes: attention is not averaged over heads,
+the last block, the logits and their filter are computed for unknown tokens only, a chosen token's embedding is a row of a
+table, samples that are finished are computed no further, and after one look at the masks the host waits for nothing.
+
+Sources: Liu et al., "Reduce Information Loss in Transformers for Pluralistic Image Inpainting", CVPR 2022; Liu et al.,
+"Transformer based Pluralistic Image Completion with Reduced Information Loss", TPAMI 2024.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .put_codec import PVQVAE
+from .put_sampling import Draws, check_temperature, choose, kept_classes, per_step, seeded
+from .put_transformer import BLOCKS
+
+Progress = Callable[[int, int], None]
+
+
+class PUT(nn.Module):
+    """A codec and a transformer over its tokens.
+
+    Args:
+        codec: the P-VQVAE, None for the generation's published one for 256 pixels.
+        generation: "cvpr" or "tpami".
+        grid: rows and columns of tokens.
+        layers, width, heads: of the transformer; None for those published for faces (cvpr) or all images (tpami).
+        classes: tokens the transformer chooses from, None for all codes of known patches.
+        activation: "GELU2" (x · σ(1.702 x)) or "GELU".
+        qkv_bias: queries and values have a bias (tpami only; cvpr always has).
+
+    Raises: `ValueError` for another generation or activation, or a width that heads do not divide.
+    """
+
+    def __init__(
+        self,
+        codec: PVQVAE | None = None,
+        *,
+        generation: str = "tpami",
+        grid: tuple[int, int] = (32, 32),
+        layers: int | None = None,
+        width: int | None = None,
+        heads: int | None = None,
+        classes: int | None = None,
+        activation: str = "GELU2",
+        qkv_bias: bool = True,
+    ) -> None:
+        super().__init__()
+        if generation not in BLOCKS:
+            raise ValueError(f"generation is {generation!r}; accepted: {', '.join(BLOCKS)}")
+        later = generation == "tpami"
+        if codec is None:
+            codec = PVQVAE(codes=9216, split=8192, decoder_blocks=2, blocks_per_scale=2) if later else PVQVAE()
+        layers, width, heads = (
+            layers or (12 if later else 30),
+            width or (768 if later else 512),
+            heads or (12 if later else 8),
+        )
+        if width % heads or activation not in ("GELU2", "GELU"):
+            raise ValueError(
+                f"width is {width}, heads {heads}, activation {activation!r}; accepted: a width that heads divide, "
+                "GELU2 or GELU"
+            )
+        self.pos_emb = nn.Parameter(torch.zeros(1, grid[0] * grid[1], width))
+        if later:
+            self.mask_emb = nn.Parameter(torch.zeros(1, width, 1, 1))
+        self.content_codec = codec
+        self.emb_proj = nn.Linear(codec.quantize.embedding.shape[1], width)
+        self.blocks = nn.Sequential(*(BLOCKS[generation](width, heads, activation, qkv_bias) for _ in range(layers)))
+        if later:
+            self.norm = nn.LayerNorm(width)
+        else:
+            self.layer_norm = nn.LayerNorm(width)
+        self.to_logits = nn.Linear(width, classes or codec.quantize.split)
+        self.generation, self.grid = generation, grid
+
+    # ---- the transformer --------------------------------------------------------------------------------------------
+
+    def logits(self, x: Tensor, rows: Tensor | None = None) -> Tensor:
+        """Logits (B, R, classes) of tokens `rows` (B, R), of all for None; x (B, L, width) are all tokens' embeddings."""
+        *blocks, last = self.blocks
+        for block in blocks:
+            x = block(x)
+        norm = self.norm if self.generation == "tpami" else self.layer_norm
+        return self.to_logits(norm(last(x, rows)))  # type: ignore[no-any-return]
+
+    def embed(self, z: Tensor, known_share: Tensor) -> Tensor:
+        """Embeddings (B, L, width) of unquantised features z (B, C, h, w), of patches known to `known_share` (B, h, w)."""
+        f = self.emb_proj(z.flatten(2).transpose(1, 2))
+        if self.generation == "tpami":
+            share = known_share.flatten(1).unsqueeze(-1).to(f.dtype)
+            f = f * share + self.mask_emb[:, :, 0, 0] * (1 - share)
+        return f + self.pos_emb  # type: ignore[no-any-return]
+
+    # ---- sampling ---------------------------------------------------------------------------------------------------
+
+    def forward(self, image: Tensor, mask: Tensor, seed: int = 0) -> Tensor:
+        """`complete` with 20 tokens a pass and the seeds seed, seed + 1, …"""
+        return self.complete(image, mask, seeds=[seed + i for i in range(len(image))])
+
+    @torch.no_grad()
+    def complete(
+        self,
+        image: Tensor,
+        mask: Tensor,
+        *,
+        tokens_per_step: int | None = 20,
+        top_k: float | None = None,
+        temperature: float = 1.0,
+        results: int = 1,
+        seeds: Sequence[int] | None = None,
+        draws: Draws | None = None,
+        progress: Progress | None = None,
+    ) -> Tensor:
+        """Images with their holes filled.
+
+        Args:
+            image: (B, 3, H, W), 0 to 255, H × W the size of the network's grid of patches.
+            mask: (B, 1, H, W), **1 = known**, 0 = hole. A patch with a hole in it is chosen anew. Images without holes
+                may be among others; images without a known patch are made up.
+            tokens_per_step, top_k, temperature, seeds, draws, progress: as in `sample`.
+            results: how many results of each image; their batch is the images' times this, results of one image side by
+                side.
+
+        Returns:
+            (B · results, 3, H, W), 0 to 255, dtype of image. Known pixels are the decoder's, unless the codec composites.
+
+        Raises: `ValueError`, see `sample`.
+        """
+        if results < 1:
+            raise ValueError(f"results is {results}; accepted: 1 or more")
+        image, mask = image.repeat_interleave(results, 0), mask.repeat_interleave(results, 0)
+        tokens, _ = self.sample(
+            image, mask, tokens_per_step=tokens_per_step, top_k=top_k, temperature=temperature, seeds=seeds, draws=draws,
+            progress=progress,
+        )  # fmt: skip
+        return self.content_codec.decode(tokens, image * mask.to(image.dtype), mask)
+
+    @torch.no_grad()
+    def sample(
+        self,
+        image: Tensor,
+        mask: Tensor,
+        *,
+        tokens_per_step: int | None = 20,
+        top_k: float | None = None,
+        temperature: float = 1.0,
+        seeds: Sequence[int] | None = None,
+        draws: Draws | None = None,
+        progress: Progress | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Tokens of images: a known patch's own, the others chosen, in each pass those with the largest logits.
+
+        Args:
+            image, mask: as in `complete`.
+            tokens_per_step: chosen per pass of the transformer; 0: all in one; None: the published default, length/500.
+            top_k: classes to choose from: a number, or, from 0 to 1, the share of classes left out (1 keeps one). None: the
+                published 50 (cvpr) or 200 (tpami), or all where there are fewer.
+            temperature: factor on logits (more is greedier).
+            seeds: of each sample; without, torch's default generator chooses them. What a sample becomes depends on its own.
+            draws: the random numbers themselves, in place of seeds. A row is the rank among a pass's tokens; for
+                generation "tpami", or with one pass, it is the token's position.
+            progress: called with (passes done, passes) after each.
+
+        Returns:
+            Tokens int64 (B, h, w), and the pass (from 1; 0 = known) in which each was chosen, int64 (B, h, w).
+
+        Raises: `ValueError` naming the argument, for sizes other than the network's, a top_k above the number of classes,
+            a temperature that is not above 0, or seeds and draws together or of another number.
+        """
+        self._check(image, mask, seeds, draws)
+        classes, length = self.to_logits.out_features, self.grid[0] * self.grid[1]
+        published = 200 if self.generation == "tpami" else 50
+        keep = min(published, classes) if top_k is None else kept_classes(top_k, classes)
+        check_temperature(temperature)
+        codec = self.content_codec
+        share = codec.known_share(mask)
+        z = codec.encode(image * mask.to(image.dtype))
+        known = share == 1
+        tokens = codec.quantize(z, known).flatten(1)
+        x = self.embed(z, share)
+        table = F.linear(codec.quantize.embedding[:classes], self.emb_proj.weight, self.emb_proj.bias)
+        known = known.flatten(1)
+        order = torch.zeros_like(tokens)
+        left: list[int] = (~known).sum(1).tolist()  # the one look at the masks
+        each, most = per_step(tokens_per_step, length), max(left, default=0)
+        steps = [min(each, most - done) for done in range(0, most, each)]
+        by_position = False
+        if draws is None:
+            if seeds is None:
+                seeds = torch.randint(2**62, (len(image),)).tolist()
+            draws = seeded(seeds, each, image.device)
+        else:
+            by_position = self.generation == "tpami" or each == length
+        for step, many in enumerate(steps):
+            active = [b for b, n in enumerate(left) if n > 0]
+            rest = max(left[b] for b in active)
+            batch = torch.tensor(active, device=x.device) if len(active) < len(left) else slice(None)
+            open_ = ~known[batch]
+            rows = open_.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[
+                :, :rest
+            ]  # unknown ones come first
+            logits = self.logits(x[batch], rows).float()
+            score = logits.amax(-1).masked_fill(~open_.gather(1, rows), -torch.inf)
+            best, rank = score.topk(many, dim=1)
+            place = rows.gather(1, rank)
+            drawn = draws(step, active, length if by_position else many, classes)
+            if by_position:
+                drawn = drawn.gather(1, place.unsqueeze(-1).expand(-1, -1, classes))
+            picked = choose(logits.gather(1, rank.unsqueeze(-1).expand(-1, -1, classes)), keep, temperature, drawn)
+            new = best > -torch.inf  # a sample with less than `many` left has known tokens among its best
+            number = torch.arange(len(image), device=x.device)[batch].unsqueeze(1)
+            embedded = F.embedding(picked, table) + self.pos_emb[0, place]
+            x[number, place] = torch.where(new.unsqueeze(-1), embedded, x[number, place])
+            tokens[number, place] = torch.where(new, picked, tokens[number, place])
+            order[number, place] = torch.where(new, step + 1, order[number, place])
+            known[number, place] = True
+            left = [n - many for n in left]
+            if progress is not None:
+                progress(step + 1, len(steps))
+        return tokens.unflatten(1, self.grid), order.unflatten(1, self.grid)
+
+    def _check(self, image: Tensor, mask: Tensor, seeds: Sequence[int] | None, draws: Draws | None) -> None:
+        size = tuple(n * self.content_codec.patch for n in self.grid)
+        if image.dim() != 4 or image.shape[1] != 3 or tuple(image.shape[2:]) != size or not image.is_floating_point():
+            raise ValueError(
+                f"image is {tuple(image.shape)} {image.dtype}; accepted: (B, 3, {size[0]}, {size[1]}), floating"
+            )
+        if mask.shape != (len(image), 1, *size):
+            raise ValueError(
+                f"mask is {tuple(mask.shape)}; accepted: ({len(image)}, 1, {size[0]}, {size[1]}), 1 = known"
+            )
+        if seeds is not None and (draws is not None or len(seeds) != len(image)):
+            raise ValueError(
+                f"seeds are {len(seeds)}{' together with draws' if draws else ''}; accepted: {len(image)}, one for each "
+                "sample, and no draws"
+            )

@@ -1,0 +1,269 @@
+"""PUT against the public implementation's numbers: codec, transformer, and tokens for given random numbers."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+import re
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from inpaintrt.models.put import PUT
+from inpaintrt.models.put_codec import IMAGENET, PVQVAE
+from inpaintrt.testing import assert_close_to_truth, recipe
+
+GOLDEN = pathlib.Path(__file__).parent / "golden"
+SMALL: dict[str, Any] = {
+    "width": 32, "channels": 48, "outputs": 40, "blocks": 3, "decoder_channels": 48, "decoder_blocks": 2,
+}  # fmt: skip
+GRID = (8, 12)
+
+
+def codec_like(generation: str) -> PVQVAE:
+    if generation == "cvpr":
+        return PVQVAE(codes=96, split=64, **SMALL)
+    return PVQVAE(codes=160, split=128, blocks_per_scale=2, pixels=IMAGENET, composite=True, **SMALL)
+
+
+def model_like(generation: str, **options: Any) -> PUT:
+    return PUT(
+        codec_like(generation), generation=generation, grid=GRID, **{"layers": 3, "width": 64, "heads": 4} | options
+    )
+
+
+def _case(name: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    return json.loads((GOLDEN / name / "case.json").read_text()), load_file(GOLDEN / name / "tensors.safetensors")
+
+
+def _filled(module: torch.nn.Module, weights: dict[str, Any]) -> Any:
+    """Recipe weights with the changes of a golden case."""
+    state = recipe.fill(module.eval()).state_dict()
+    assert not weights["set_after_fill"]
+    with torch.no_grad():
+        for key in weights["buffers_filled"]:
+            state[key].copy_(recipe.tensor_for(key, tuple(state[key].shape)))
+        for key, factor in weights["scale_after_fill"].items():
+            state[key].mul_(factor)
+    return module
+
+
+def _image(tag: str) -> Tensor:
+    coarse = recipe.image(f"{tag}/image/coarse", 2, 3, *GRID).repeat_interleave(8, 2).repeat_interleave(8, 3)
+    return (recipe.image(f"{tag}/image", 2, 3, 64, 96) * 0.25 + coarse * 0.75) * 255
+
+
+def _mask(tensors: dict[str, Tensor]) -> Tensor:
+    return tensors["mask_in"].bool().unsqueeze(1)
+
+
+def _stored(case: dict[str, Any], key: str, whole: Tensor) -> Tensor:
+    """The part of a whole result that the case stores as `key`."""
+    steps = re.findall(r":(?:(\d+))?", case["tensors"][key].get("slice", ":").replace("::", ":").replace(" ", ""))
+    return whole[tuple(slice(None, None, int(step or 1)) for step in steps)]
+
+
+def _agrees(
+    case: dict[str, Any], tensors: dict[str, Tensor], key: str, actual: Tensor, exact: Tensor, deep: bool = False
+) -> None:
+    """Float64 of ours is the public code's float64; our float32 is as accurate as theirs."""
+    truth = key.replace("out", "out64", 1)
+    if truth != key and truth in tensors:
+        ours = _stored(case, truth, exact)
+        assert (ours - tensors[truth]).abs().max() <= 1e-9 * tensors[truth].abs().max().clamp(min=1)
+    ours, exact = _stored(case, key, actual), _stored(case, key, exact)
+    if deep:  # through many layers, equally accurate results differ by chance: docs/numerics.md, "End to end"
+        assert (ours - exact).square().mean().sqrt() <= 2e-5 * exact.square().mean().sqrt()
+        return
+    assert_close_to_truth(ours, exact, tensors[key], context=key)
+
+
+# ---- the codec ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("generation", ["cvpr", "tpami"])
+@torch.no_grad()
+def test_codec_against_the_public_one(generation: str) -> None:
+    case, tensors = _case(f"put_codec_{generation}")
+    codec = _filled(codec_like(generation), case["weights"])
+    state = {key: list(t.shape) for key, t in codec.state_dict().items()}
+    assert state == {key: entry["shape"] for key, entry in case["state_dict"].items()}
+    double = _filled(codec_like(generation), case["weights"]).double()
+    image, mask = _image(f"put_c{generation[0]}"), _mask(tensors)
+
+    share = codec.known_share(mask)
+    assert torch.equal(share, tensors["unmask_ratio"])
+    z, exact = (m.encode((image * mask).to(m.quant_conv.weight.dtype)) for m in (codec, double))
+    _agrees(case, tensors, "out_feature", z, exact)
+    tokens = codec.quantize(z, share == 1)
+    assert torch.equal(tokens, tensors["token_masked"].long())
+    whole, exact_whole = (m.encode(image.to(m.quant_conv.weight.dtype)) for m in (codec, double))
+    _agrees(case, tensors, "out_feature_unmasked", whole, exact_whole)
+    every = torch.ones_like(share, dtype=torch.bool)
+    assert torch.equal(codec.quantize(whole, every), tensors["token_unmasked"].long())
+    assert torch.equal(codec.quantize(whole, share == 1), tensors["token_erase"].long())
+
+    floats = mask.float()
+    for i, (ours, true) in enumerate(
+        zip(
+            codec.decoder.encoder(codec.pixels.normalise(image * mask)),
+            double.decoder.encoder(codec.pixels.normalise((image * mask).double())),
+            strict=True,
+        )
+    ):
+        _agrees(case, tensors, f"mid_ref_{i}", ours, true)
+    raw = codec.decoder(codec.features(tokens), codec.pixels.normalise(image * mask), floats)
+    true = double.decoder(double.features(tokens), codec.pixels.normalise((image * mask).double()), floats.double())
+    _agrees(case, tensors, "out_decoder_raw", raw, true, deep=True)
+    out, true = codec.decode(tokens, image * mask, mask), double.decode(tokens, (image * mask).double(), mask)
+    _agrees(case, tensors, "out_decode", out, true, deep=True)
+
+
+# ---- the transformer ------------------------------------------------------------------------------------------------
+
+TRANSFORMERS: dict[str, dict[str, Any]] = {
+    "cvpr": {},
+    "cvpr_gelu": {"layers": 2, "activation": "GELU"},
+    "tpami": {},
+    "tpami_nobias": {"layers": 2, "heads": 2, "qkv_bias": False},
+}
+
+
+@pytest.mark.parametrize("tag", TRANSFORMERS)
+@torch.no_grad()
+def test_logits_against_the_public_ones(tag: str) -> None:
+    case, tensors = _case("put_transformer_logits")
+    model, double = (
+        _filled(model_like(tag.split("_")[0], **TRANSFORMERS[tag]), case["weights"][tag]) for _ in range(2)
+    )
+    double.double()
+    own = {key: list(t.shape) for key, t in model.state_dict().items() if not key.startswith("content_codec.")}
+    public = {k.removeprefix(f"{tag}:"): e["shape"] for k, e in case["state_dict"].items() if k.startswith(f"{tag}:")}
+    assert own == public
+    shape = (2, 96, 64) if tag.startswith("cvpr") else (2, 8, 12, 64)
+    x = (recipe.image(f"put_tl/emb_{tag}", *shape) * 4 - 2).view(2, 96, 64)
+    got, exact = model.logits(x), double.logits(x.double())
+    rows = torch.stack((torch.arange(5, 60, 7), torch.arange(8).flip(0)))
+    some = model.logits(x, rows)
+    assert_close_to_truth(some, exact.gather(1, rows[..., None].expand(-1, -1, exact.shape[2])),
+                          got.gather(1, rows[..., None].expand(-1, -1, exact.shape[2])), context="some rows")  # fmt: skip
+    if tag.startswith("tpami"):
+        got, exact = got.unflatten(1, GRID), exact.unflatten(1, GRID)
+    _agrees(case, tensors, f"out_{tag}", got, exact)
+
+
+# ---- sampling -------------------------------------------------------------------------------------------------------
+
+RUNS = {
+    "cvpr": {
+        "greedy_1": (1, 1.0, 1), "greedy_20": (1, 1.0, 20), "greedy_all": (1, 1.0, 0), "top5_1": (5, 1.0, 1),
+        "top5_7": (5, 1.0, 7), "top50_all": (50, 1.0, 0), "ratio_half_20_t2": (0.5, 2.0, 20),
+    },
+    "tpami": {
+        "greedy_1": (1, 1.0, 1), "greedy_20": (1, 1.0, 20), "greedy_all": (1, 1.0, 0), "top20_20": (20, 1.0, 20),
+        "top20_7": (20, 1.0, 7), "default_c": (0.8, 1.0, None),
+    },
+}  # fmt: skip
+
+
+def _public_draws(tag: str, run: str) -> Any:
+    def draw(step: int, samples: list[int], rows: int, classes: int) -> Tensor:
+        u = recipe.image(f"{tag}/{run}/u{step}", len(samples) * rows, classes).double()
+        return -torch.log1p(-(u + 2**-25)).view(len(samples), rows, classes)
+
+    return draw
+
+
+@pytest.mark.parametrize(("generation", "run"), [(g, run) for g, runs in RUNS.items() for run in runs])
+@torch.no_grad()
+def test_tokens_for_the_same_draws(generation: str, run: str) -> None:
+    case, tensors = _case(f"put_sample_{generation}")
+    model = _filled(model_like(generation), case["weights"])
+    assert {k: list(t.shape) for k, t in model.state_dict().items()} == {
+        k: e["shape"] for k, e in case["state_dict"].items()
+    }
+    tag, (top_k, temperature, each) = f"put_s{generation[0]}", RUNS[generation][run]
+    image, mask, seen = _image(tag), _mask(tensors), []
+    options: dict[str, Any] = {"top_k": top_k, "temperature": temperature, "tokens_per_step": each}
+    draws = _public_draws(tag, run)
+    tokens, order = model.sample(image, mask, draws=draws, progress=lambda *at: seen.append(at), **options)
+    assert torch.equal(tokens, tensors[f"token_{run}"].long())
+    if f"order_{run}" in tensors:
+        assert torch.equal(order, tensors[f"order_{run}"].long())
+    assert seen == [(i + 1, len(seen)) for i in range(int(order.max()))]
+    exact = model.double().content_codec.decode(tokens, (image * mask).double(), mask)
+    out = model.float().complete(image, mask, draws=draws, **options)
+    _agrees(case, tensors, f"out_{run}", out, exact, deep=True)
+
+
+@pytest.fixture(scope="module", params=["cvpr", "tpami"])
+def small(request: pytest.FixtureRequest) -> PUT:
+    case, _ = _case(f"put_sample_{request.param}")
+    return _filled(model_like(request.param), case["weights"])  # type: ignore[no-any-return]
+
+
+def _masks(*kinds: str) -> Tensor:
+    mask = torch.ones(len(kinds), 1, 64, 96, dtype=torch.bool)
+    for one, kind in zip(mask, kinds, strict=True):
+        if kind == "hole":
+            one[:, 11:47, 20:70] = False
+        elif kind == "unknown":
+            one[:] = False
+    return mask
+
+
+def test_a_batch_may_hold_images_without_holes_and_without_known_patches(small: PUT) -> None:
+    image = _image("put_sc")[[0, 1, 0]]
+    tokens, order = small.sample(image, _masks("whole", "hole", "unknown"), seeds=[1, 2, 3])
+    chosen = (order > 0).sum((1, 2)).tolist()
+    assert chosen[0] == 0
+    assert 0 < chosen[1] < 96
+    assert chosen[2] == 96
+    for i, kind in enumerate(("whole", "hole", "unknown")):  # what becomes of a sample is its own affair
+        alone, _ = small.sample(image[i : i + 1], _masks(kind), seeds=[i + 1])
+        assert torch.equal(alone[0], tokens[i])
+    empty, _ = small.sample(image[:0], _masks())
+    assert empty.shape == (0, 8, 12)
+
+
+def test_several_results_of_one_image_differ_and_repeat(small: PUT) -> None:
+    image, mask = _image("put_sc")[:1], _masks("hole")
+    options: dict[str, Any] = {"results": 3, "top_k": 30, "tokens_per_step": 9}
+    first = small.complete(image, mask, seeds=[7, 8, 9], **options)
+    assert first.shape == (3, 3, 64, 96)
+    assert not torch.equal(first[0], first[1])
+    again = small.complete(image, mask, seeds=[9, 7, 8], **options)
+    torch.testing.assert_close(again[[1, 2, 0]], first)
+    torch.testing.assert_close(small(image, mask, seed=3), small.complete(image, mask, seeds=[3]))
+
+
+def test_the_model_stays_in_eval_mode_and_gradients_are_not_kept(small: PUT) -> None:
+    out = small.complete(_image("put_sc")[:1], _masks("hole"), top_k=5)
+    assert not small.training
+    assert not out.requires_grad
+
+
+def test_wrong_arguments_are_named(small: PUT) -> None:
+    image, mask = _image("put_sc"), _masks("hole", "whole")
+    for message, options in {
+        "top_k is 1000": {"top_k": 1000},
+        "top_k is -1": {"top_k": -1},
+        "temperature is 0": {"temperature": 0.0, "top_k": 5},
+        "seeds are 1": {"seeds": [1], "top_k": 5},
+        "tokens_per_step is 'all'": {"tokens_per_step": "all", "top_k": 5},
+    }.items():
+        with pytest.raises(ValueError, match=message):
+            small.sample(image, mask, **options)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"image is \(2, 3, 64, 64\)"):
+        small.sample(image[..., :64], mask)
+    with pytest.raises(ValueError, match="mask is"):
+        small.sample(image, mask[:1])
+    with pytest.raises(ValueError, match="results is 0"):
+        small.complete(image, mask, results=0)
+    with pytest.raises(ValueError, match="generation is 'x'"):
+        PUT(generation="x")
+    with pytest.raises(ValueError, match="patch is 12"):
+        PVQVAE(patch=12)
