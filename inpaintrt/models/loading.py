@@ -22,6 +22,7 @@ from . import (
     glcic,
     guided_classifier,
     guided_unet,
+    ipt,
     lama,
     mat,
     migan,
@@ -41,6 +42,7 @@ NETWORKS = {
     "migan": migan.MIGAN,
     "guided_unet": guided_unet.GuidedUNet,
     "guided_classifier": guided_classifier.GuidedClassifier,
+    "ipt": ipt.IPT,
 }
 SHIPPED = {"lama_mini": ("lama", "lama_mini.safetensors")}
 _FAMILIES = {
@@ -55,6 +57,7 @@ _FAMILIES = {
     "migan": migan,
     "guided_unet": guided_unet,
     "guided_classifier": guided_classifier,
+    "ipt": ipt,
 }
 """Modules that know what their weights look like. Each has ANCHORS: keys below the container of layers, one of which is in
 every such file and in no other; NAMES: a pattern that fits the beginning of all keys there; PREFIX: what precedes them in
