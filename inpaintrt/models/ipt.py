@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import ipt_chop
+from . import ipt_chop, ipt_tiles
 from .ipt_layers import CELL, Body, head, mean_shift, tail
 
 TASKS = {"x2": 2, "x3": 3, "x4": 4, "denoise": 1, "denoise30": 1, "denoise50": 1, "derain": 1, "x1": 1}
@@ -139,6 +139,45 @@ class IPT(nn.Module):
                 for image in x
             ]
         )
+
+    def tiled(
+        self,
+        x: Tensor,
+        task: int | str | None = None,
+        *,
+        blend: str = "original",
+        max_bytes: int = ipt_tiles.MAX_BYTES,
+    ) -> Tensor:
+        """Images, of overlapping patches that are computed once each, on x's device.
+
+        Args:
+            x: (B, 3, H, W) RGB in [0, 255], H and W at least `patch`.
+            task: as in `forward`.
+            blend: "original" gives what `forward_chop` gives, but for rounding; "smooth" weighs patches by a raised cosine,
+                which leaves no seams and is another result.
+            max_bytes: about how much memory patches may take at once, the result not counted; one is always computed.
+
+        Returns:
+            (B, 3, s · H, s · W) RGB, about [0, 255].
+
+        Raises: as `forward_chop`; `ValueError` for another blend and for a ceiling below 1.
+        """
+        at = self.index(task)
+        ipt_chop.check_image(x, self.patch)
+        if max_bytes < 1:
+            raise ValueError(f"max_bytes is {max_bytes}; accepted: 1 or more")
+        batch = max(1, min(ipt_tiles.MOST, max_bytes // (self._elements_per_patch(at) * x.element_size())))
+        return ipt_tiles.tiled(
+            lambda patches: self(patches, at), x, self.patch, self.scale(at), blend=blend, batch=batch
+        )
+
+    def _elements_per_patch(self, at: int) -> int:
+        """About how many numbers the plain forward holds at once for a patch: scores, hidden layers, the tail's features."""
+        options: dict[str, Any] = self.config
+        features, heads, pixels = options["features"], options["heads"], self.patch**2
+        tokens = pixels // CELL**2
+        transformer = 20 * pixels * features + 3 * heads * tokens**2
+        return max(transformer, (3 * self.scale(at) ** 2 + 2) * pixels * features)  # type: ignore[no-any-return]
 
 
 # ---- what weights say about their network ---------------------------------------------------------------------------

@@ -1,0 +1,111 @@
+"""IPT's transformer in its fused form: ours, and copies of other people's."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+import inpaintrt as irt
+from inpaintrt import models
+from inpaintrt.runtime.swap import record_of
+from inpaintrt.testing import assert_close_to_truth, recipe
+
+from . import foreign_ipt
+
+
+def _trunk(**options):
+    trunk = recipe.fill(foreign_ipt.Trunk(**options)).eval()
+    with torch.no_grad():
+        trunk.query_embed.weight *= 24  # so that the task matters
+    return trunk
+
+
+def _features(count=2):
+    return recipe.image("features", count, 4, 12, 12) * 4 - 2
+
+
+def _reason(model, *example):
+    return next(row["why not"] for row in irt.explain(model, *example).rows if row["adapter"] == "ipt.body")
+
+
+@pytest.mark.parametrize("count", [1, 2, 70])  # 70 patches: the hidden layer is made in parts
+@torch.no_grad()
+def test_a_copy_computes_the_same(count):
+    trunk, x = _trunk(), _features(count)
+    truth, base = copy.deepcopy(trunk).double()(x.double(), 2), trunk(x, 2)
+    keys, before = list(trunk.state_dict()), x.clone()
+    irt.accelerate(trunk)
+    assert record_of(trunk).adapter.name == "ipt.body"
+    out = trunk(x, query_idx=2)
+    assert_close_to_truth(out, truth, base)
+    assert out.stride() == base.stride()
+    assert torch.equal(x, before)
+    assert list(trunk.state_dict()) == keys
+    assert not torch.allclose(trunk(x, 1), out, atol=1e-2)
+    assert irt.verify(trunk, x, 2).ok
+    assert torch.equal(irt.restore(trunk)(x, 2), base)
+
+
+def test_memory_in_groups_and_gradients(monkeypatch):
+    monkeypatch.setattr("inpaintrt.adapters.ipt._MEMORY", 1)
+    trunk, x = _trunk(layers=3), _features()
+    expected = trunk(x, 1)
+    expected.square().sum().backward()
+    wanted = [p.grad.clone() for p in trunk.parameters()]
+    trunk.zero_grad()
+    out = irt.accelerate(trunk)(x, 1)
+    out.square().sum().backward()
+    torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-4)
+    for p, grad in zip(trunk.parameters(), wanted, strict=True):
+        torch.testing.assert_close(p.grad, grad, rtol=1e-3, atol=1e-4 * grad.abs().max().item())
+    with torch.no_grad():
+        torch.testing.assert_close(trunk(x, 1), expected, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_bf16():
+    trunk, x = _trunk(), _features()
+    expected = trunk(x, 0)
+    out = irt.accelerate(trunk, precision="bf16")(x, 0)
+    assert out.dtype == torch.float32
+    assert (out - expected).square().mean().sqrt() < 0.05 * expected.std()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"order": "none"}, "joined in another way"),
+        ({"memory": "halved"}, "joined in another way"),
+        ({"bias": True}, "has biases"),
+        ({"layers": 0}, "lacks an encoder"),
+    ],
+)
+def test_look_alikes_are_refused(options, message):
+    trunk = irt.accelerate(_trunk(**options))
+    assert record_of(trunk) is None
+    assert message in _reason(trunk)
+
+
+@torch.no_grad()
+def test_calls_that_the_original_takes():
+    trunk, x = _trunk(), _features()
+    pair = trunk(x, 0, con=True)
+    irt.accelerate(trunk)
+    for got, expected in zip(trunk(x, 0, con=True), pair, strict=True):
+        assert torch.equal(got, expected)
+    assert "the number of a task alone" in _reason(trunk, x, 0, True)
+    trunk.encoder.layers[1].order = "none"
+    assert "not all of one kind" in _reason(trunk, x, 0)
+
+
+@torch.no_grad()
+def test_our_network():
+    network = recipe.fill(models.create("ipt", tasks=("x2", "derain"), features=4, heads=2, layers=2, patch=24))
+    x = recipe.image("photo", 1, 3, 31, 40) * 255
+    truth, base = copy.deepcopy(network).double().forward_chop(x.double(), "x2"), network.forward_chop(x, "x2")
+    irt.accelerate(network)
+    assert record_of(network.body).adapter.name == "ipt.body"
+    assert (network.tiled(x, "x2") - truth).abs().max() <= 4 * (base - truth).abs().max()
+    assert irt.verify(network, x[..., :24, :24], "x2").ok
