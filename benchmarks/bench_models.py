@@ -222,6 +222,35 @@ def test_mat(versus, device, hole):
     )  # fmt: skip
 
 
+@pytest.mark.parametrize("size", [(96, 96), (100, 130)])
+@torch.no_grad()
+def test_ipt(versus, device, size):
+    """IPT's width with 4 + 4 layers, an image: the public order of work in eager, and every patch once."""
+    tasks, small = ("denoise",), {"features": 4, "heads": 2, "layers": 1, "patch": 24}
+    original = recipe.fill(models.create("ipt", tasks=tasks, **(small if versus.smoke else {"layers": 4})))
+    original.head[0][0].weight.mul_(2.0**-6)  # values are up to 255: attention would single out tokens otherwise
+    original.requires_grad_(False).to(device)
+    in_float32 = inpaintrt.accelerate(copy.deepcopy(original))
+    in_bf16 = inpaintrt.accelerate(copy.deepcopy(original), precision="bf16")
+    height, width = (30, 37) if versus.smoke else size
+    x = (recipe.image("photo", 1, 3, height, width) * 255).to(device)
+    candidates = {
+        "eager": lambda: original.forward_chop(x),
+        "eager, patches once": lambda: original.tiled(x),
+        "inpaintrt bf16": lambda: in_bf16.tiled(x),
+        "inpaintrt": lambda: in_float32.tiled(x),
+    }
+    patch = x[..., : original.patch, : original.patch]
+    with FlopCounterMode(display=False) as counter:
+        original(patch)
+    patches = ((height - original.patch + 11) // 12 + 1) * ((width - original.patch + 11) // 12 + 1)
+    needed = Cost(counter.get_total_flops() * patches, sum(p.nbytes for p in original.parameters()))
+    versus(
+        candidates, tolerances={"inpaintrt bf16": BF16}, cost=needed, rounds=2, device=device, shape=x.shape,
+        model="ipt, 4 + 4 layers", group="ipt fp32", means={"eager": ["eager"]},
+    )  # fmt: skip
+
+
 @pytest.mark.parametrize("name", BIG_LAMA)
 @torch.no_grad()
 def test_bf16(versus, device, peers, wanted_peers, ported, name):

@@ -1,4 +1,4 @@
-"""The command line: `inpaintrt fill | flow | demo | info | explain | verify | bench | tune`, a thin layer over the Python API.
+"""The command line: `inpaintrt fill | enhance | flow | demo | info | explain | verify | bench | tune`, thin over Python.
 
 Exit status: 0 done; 1 done with failures (a file of a folder, a verification); 2 nothing done, one line says why.
 Progress and messages go to stderr, reports to stdout.
@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -109,6 +110,29 @@ def _parser() -> argparse.ArgumentParser:
     )
     fill.add_argument("--no-accelerate", action="store_true", help="run the reference network")
     _model_options(fill)
+
+    enhance = command(
+        "enhance",
+        _enhance,
+        "upscale, denoise or derain a photo with IPT",
+        "The photo is computed in overlapping patches of 48x48, each once "
+        "pixels, each once; photos smaller than a patch are refused. EXIF and alpha are left out.",
+    )
+    enhance.add_argument("photo", type=Path, metavar="PHOTO", help="photo")
+    enhance.add_argument("-o", "--out", type=Path, required=True, help="file to write")
+    enhance.add_argument("--weights", type=Path, required=True, metavar="FILE", help="IPT's weights, of any tasks")
+    enhance.add_argument(
+        "--task", metavar="TASK", help="x2, x3, x4, denoise, derain, …; may be left out where weights are for one"
+    )
+    enhance.add_argument(
+        "--blend",
+        choices=("original", "smooth"),
+        default="original",
+        help="how patches are joined: by the published rule, or without seams (default: %(default)s)",
+    )
+    enhance.add_argument("--overwrite", action="store_true", help="replace a file that exists")
+    enhance.add_argument("--no-accelerate", action="store_true", help="run the reference network")
+    _run_options(enhance)
 
     flow = command(
         "flow",
@@ -255,6 +279,8 @@ def _fill(args: argparse.Namespace) -> int:
         suffix = "." + args.format.lower().lstrip(".")
         work = jobs.plan(args.photo, args.mask, args.out, suffix=suffix, overwrite=args.overwrite)
         model = _load(args.model, args.weights)
+        if not hasattr(model, "inpaint"):
+            raise UsageError(f"{args.model} fills no holes; what it does with a photo: inpaintrt enhance")
         if not args.no_accelerate:
             irt.accelerate(model, backend=args.backend)
         one = not args.photo.is_dir()
@@ -289,6 +315,41 @@ def _fill(args: argparse.Namespace) -> int:
             seconds = time.perf_counter() - start
             say(f"{len(work) - failed} filled, {failed} failed, {seconds:.1f} s; results in {args.out}")
     return 1 if failed else 0
+
+
+def _enhance(args: argparse.Namespace) -> int:
+    from PIL import Image
+
+    from . import enhancement, images
+
+    begin = time.perf_counter()
+    images.writes(args.out)
+    images.check_target(args.out, overwrite=args.overwrite)
+    with warnings.catch_warnings():  # as in `_fill`
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        photo = images.read_photo(args.photo)
+        model = _load("ipt", args.weights)
+        try:
+            patches = enhancement.patches(model, photo.rgb, args.task)
+        except ValueError as error:
+            raise UsageError(str(error)) from error
+        # Sizes and orientation in EXIF would not be the result's; a profile of grey would not fit its colours.
+        kept = photo.icc if photo.pixels.shape[2] >= 3 else None
+        made = dataclasses.replace(photo, pixels=photo.rgb, orientation=1, exif=None, icc=kept)
+        images.check_writable(args.out, made)
+        say(f"{patches} patches")
+        if not args.no_accelerate:
+            irt.accelerate(model, backend=args.backend)
+        pixels = enhancement.enhance(model, photo.rgb, args.task, blend=args.blend)
+        made = dataclasses.replace(made, pixels=pixels)
+        everywhere = np.ones(pixels.shape[:2], bool)
+        images.write_photo(args.out, made, pixels, everywhere, overwrite=args.overwrite)
+    for note in photo.notes:
+        say(f"note: {note}")
+    if photo.has_alpha:
+        say(f"note: {args.photo.name} has transparency, which was left out")
+    say(f"{args.out}  {pixels.shape[1]} x {pixels.shape[0]}  {time.perf_counter() - begin:.2f} s")
+    return 0
 
 
 def _flow(args: argparse.Namespace) -> int:
@@ -343,11 +404,13 @@ def _reported(args: argparse.Namespace, ask: Callable[..., Report]) -> int:
     return 0 if report.ok else 1
 
 
-def _example(model: nn.Module, size: tuple[int, int]) -> tuple[torch.Tensor, ...]:
+def _example(model: nn.Module, size: tuple[int, int]) -> tuple[Any, ...]:
     """The demo photo at `size`, as the arguments of the model's forward."""
     from .demo import example
 
     net: Any = model
+    if hasattr(net, "tiled"):  # IPT, whose forward takes patches of one size, whatever the image's
+        return example(net.patch, net.patch)[:, :3] * 255, 0
     if min(size) < net.min_size or any(side % net.size_multiple for side in size):
         accepted = f"both sides must be multiples of {net.size_multiple} and at least {net.min_size}"
         raise UsageError(f"--size {size[0]}x{size[1]}: {accepted}")
