@@ -38,7 +38,7 @@ ALWAYS = ("inpaintrt/ops/{}.py", "benchmarks/bench_{}.py", "docs/ops/{}.md")
 SHARED = {
     "inpaintrt/ops": {"__init__", "_shared", "_convolution", "_engine", "_resampling", "_philox", "_sampling"},
     "csrc/cpu": {"dispatch", "parallel", "arena", "preferences", *PARTS},
-    "kernels": {"__init__", "_lib", "_conv2d", "_fir", "_philox", "_samples", "aot"},
+    "kernels": {"__init__", "_lib", "_planes", "_conv2d", "_fir", "_philox", "_samples", "aot"},
     "csrc/plan": {"plan", "nest", "fft", "conv2d", "conv2d_call", "windows", "windows_call"},
     "csrc/cuda": {"common", "activation", "library", "fft", "mma", "conv2d"},
     "docs/ops": {"README"},
