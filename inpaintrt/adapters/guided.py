@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from inpaintrt.models.guided_layers import timestep_embedding
-from inpaintrt.runtime.swap import disabled, record_of
+from inpaintrt.runtime.swap import disabled
 from inpaintrt.testing.recipe import image
 
 from .engine import convolved
@@ -211,14 +211,6 @@ class StepTable:
         rows = [table[i].expand(len(step), -1) for table in self._tables]
         step.__dict__[_ROWS] = rows, self._state, self._y, _version(step)
         return step
-
-
-def table_for(model: object, timesteps: Tensor, y: Tensor | None, batch: int) -> StepTable | None:
-    """A `StepTable` of a model that was accelerated as such a network and so reads it; None for any other."""
-    record = record_of(model) if isinstance(model, nn.Module) else None
-    if record is None or not isinstance(record.adapter, UNetAdapter):
-        return None
-    return StepTable(model, timesteps, y, batch=batch)  # type: ignore[arg-type]
 
 
 def kept(network: Network, timesteps: Tensor, y: Tensor | None) -> list[Tensor] | None:
@@ -413,6 +405,9 @@ class UNetAdapter:
         network, _wiring = read(module)
         assert isinstance(network, Network)
         return denoised(network, x, modulations(network, timesteps, y))
+
+    def step_table(self, module: Any, timesteps: Tensor, y: Tensor | None, batch: int) -> StepTable:
+        return StepTable(module, timesteps, y, batch=batch)
 
     def refuses(self, module: Any, *args: Any, **keywords: Any) -> Iterator[str]:
         network, form = read(module)

@@ -12,7 +12,7 @@ import copy
 import copyreg
 import functools
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -41,6 +41,7 @@ class Adapter(Protocol):
     # gives them, omitted ones at their defaults. Without it such calls are the original's. `holds = True`, also optional:
     # what the module contains is swapped by itself, and called by its fused forward.
     # `takes_keywords = True`, optional as well: forward and refuses take the other keywords by name.
+    # `step_table(module, timesteps, y, batch)`, of diffusion networks: a sequence of timesteps that carry their embeddings.
 
     def match(self, module: nn.Module) -> str | None:
         """None: can be swapped. "": not this kind of module. Otherwise: of this kind, and why it cannot be swapped."""
@@ -65,6 +66,14 @@ class Record:
     composited: bool
     note: str = ""
     """What the probe found worth telling although the swap is kept."""
+
+
+def step_table(model: object, timesteps: Tensor, y: Tensor | None, batch: int) -> Sequence[Tensor] | None:
+    """Timesteps (N,) for a swapped diffusion network, each (batch,) and with what the network's fused forward makes of it and
+    of labels y (batch,) or None; None for any other model."""
+    record = record_of(model) if isinstance(model, nn.Module) else None
+    make = getattr(record and record.adapter, "step_table", None)
+    return None if make is None else make(model, timesteps, y, batch)  # type: ignore[no-any-return]
 
 
 def why_not_float16(adapter: Adapter) -> str:

@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from inpaintrt.adapters.guided import table_for
 from inpaintrt.runtime.errors import Cancelled, CheckpointError, InpaintRTError
+from inpaintrt.runtime.swap import step_table
 
 from .checkpoint import Checkpoint, digest, digest_of_model
 from .guidance import Guidance
@@ -125,9 +125,9 @@ def run(
 
 
 def _told(model: object, chain: Chain) -> Sequence[Tensor]:
-    """What the model is told at each call: timesteps, which carry their embeddings for a model accelerated to read those."""
+    """What the model is told at each call: timesteps, with their embeddings where it was accelerated to read those."""
     steps, index = chain.timesteps[:, 0].unique(return_inverse=True)
-    table = table_for(model, steps, chain.inputs.arguments.get("y"), batch=chain.inputs.shape[0])
+    table = step_table(model, steps, chain.inputs.arguments.get("y"), chain.inputs.shape[0])
     if table is None:
         return chain.timesteps.unbind()
     rows = [table[i] for i in range(len(table))]
