@@ -38,7 +38,11 @@ class Sums {
           for (int i = 0; i < call_.count; ++i) a[i] = table_entry(*call_.coefficients, sample, i);
           for (int i = 0; i < 3; ++i) a[kMost + i] = table_entry(*call_.coefficients, sample, call_.count + i);
         }
-        n == kGroup&& dense_ ? group<true>(a, sample, index, at, n) : group<false>(a, sample, index, at, n);
+        if (dense_ && n == kGroup) {
+          group<true>(a, sample, index, at, n);
+        } else {
+          group<false>(a, sample, index, at, n);
+        }
       });
     });
   }

@@ -53,10 +53,14 @@ class Steps {
   void run(int threads) const {
     parallel_for(samples_.total(), kGrain, threads, [this](int64_t begin, int64_t end) {
       int64_t current = -1;
-      Coefficients c;
+      Coefficients c{};
       samples_.rows(begin, end, kGroup, [&](int64_t sample, int64_t index, const int64_t* at, int64_t n) {
         if (sample != current) c = Coefficients(*call_.row, current = sample);
-        n == kGroup&& dense_ ? group<true>(c, sample, index, at, n) : group<false>(c, sample, index, at, n);
+        if (dense_ && n == kGroup) {
+          group<true>(c, sample, index, at, n);
+        } else {
+          group<false>(c, sample, index, at, n);
+        }
       });
     });
   }
