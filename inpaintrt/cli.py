@@ -115,8 +115,8 @@ def _parser() -> argparse.ArgumentParser:
         "enhance",
         _enhance,
         "upscale, denoise or derain a photo with IPT",
-        "The photo is computed in overlapping patches of 48x48, each once "
-        "pixels, each once; photos smaller than a patch are refused. EXIF and alpha are left out.",
+        "The photo is computed in overlapping patches of 48x48 pixels, each once; photos smaller than a patch are refused. "
+        "EXIF and alpha are left out.",
     )
     enhance.add_argument("photo", type=Path, metavar="PHOTO", help="photo")
     enhance.add_argument("-o", "--out", type=Path, required=True, help="file to write")
