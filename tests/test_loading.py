@@ -419,7 +419,9 @@ def test_no_opcode_runs_foreign_code(tmp_path, small, state, foreign, where):
         before = set(sys.modules)
         assert same(inpaintrt.load("lama", path), small), name
         assert not (tmp_path / "proof").exists(), name
-        assert set(sys.modules) - before <= {"pickletools"}, name
+        assert set(sys.modules) - before <= {"pickletools", "encodings.cp437"}, (
+            name
+        )  # the latter is zipfile's, for names
 
 
 def test_globals_stay_names():

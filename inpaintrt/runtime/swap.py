@@ -68,12 +68,12 @@ class Record:
     """What the probe found worth telling although the swap is kept."""
 
 
-def step_table(model: object, timesteps: Tensor, y: Tensor | None, batch: int) -> Sequence[Tensor] | None:
-    """Timesteps (N,) for a swapped diffusion network, each (batch,) and with what the network's fused forward makes of it and
-    of labels y (batch,) or None; None for any other model."""
+def step_tables(model: object) -> Callable[[Tensor, Tensor | None, int], Sequence[Tensor]] | None:
+    """What turns timesteps (N,), labels (batch,) or None and the batch into timesteps that carry what the fused forward of a
+    swapped diffusion network makes of them, each (batch,). None for any other model."""
     record = record_of(model) if isinstance(model, nn.Module) else None
     make = getattr(record and record.adapter, "step_table", None)
-    return None if make is None else make(model, timesteps, y, batch)  # type: ignore[no-any-return]
+    return None if make is None else functools.partial(make, model)
 
 
 def why_not_float16(adapter: Adapter) -> str:

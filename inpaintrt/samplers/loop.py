@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from inpaintrt.runtime.errors import Cancelled, CheckpointError, InpaintRTError
-from inpaintrt.runtime.swap import step_table
+from inpaintrt.runtime.swap import step_tables
 
 from .checkpoint import Checkpoint, digest, digest_of_model
 from .guidance import Guidance
@@ -126,10 +126,11 @@ def run(
 
 def _told(model: object, chain: Chain) -> Sequence[Tensor]:
     """What the model is told at each call: timesteps, with their embeddings where it was accelerated to read those."""
-    steps, index = chain.timesteps[:, 0].unique(return_inverse=True)
-    table = step_table(model, steps, chain.inputs.arguments.get("y"), chain.inputs.shape[0])
-    if table is None:
+    table_of = step_tables(model)
+    if table_of is None:
         return chain.timesteps.unbind()
+    steps, index = chain.timesteps[:, 0].unique(return_inverse=True)
+    table = table_of(steps, chain.inputs.arguments.get("y"), chain.inputs.shape[0])
     rows = [table[i] for i in range(len(table))]
     return [rows[i] for i in index.tolist()]
 
