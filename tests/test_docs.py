@@ -104,14 +104,14 @@ def test_the_cpp_example_builds_and_runs(tmp_path: Path) -> None:
             (tmp_path / block.info.split()[1]).write_text(block.text)
     (tmp_path / "inpaintrt").symlink_to(ROOT)
     env = {**os.environ, "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])}
-    quick = "-DCMAKE_BUILD_TYPE=Quick -DCMAKE_CXX_FLAGS=-O1"
+    quick = "-DCMAKE_BUILD_TYPE=Quick '-DINPAINTRT_ISAS=scalar;avx2'"
     for command in (f"cmake -G Ninja -S . -B build {quick}", "cmake --build build --target app", "build/app"):
         done = subprocess.run(shlex.split(command), cwd=tmp_path, env=env, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stdout + done.stderr
     isa, value = done.stdout.split(": ")
     expected = ops.gated_activation(torch.ones(1, 2, 1, 1)).item()
     assert float(value) == pytest.approx(expected, abs=1e-6)
-    assert isa in ("scalar", "avx2", "avx512", "avx512bf16")
+    assert isa in ("scalar", "avx2")
 
 
 # ---- commands -------------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-// Which kernels exist, and at which ISA they run: decided once, from the CPU and INPAINTRT_CPU_ISA.
+// Which kernels exist, and at which ISA they run: decided once, from what was built, the CPU and INPAINTRT_CPU_ISA.
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -28,22 +28,29 @@ bool supported(const char* isa) {
   return false;
 }
 
+bool built(const char* isa) {
+  for (auto k = __start_irt_kernels; k != __stop_irt_kernels; ++k) {
+    if (!strcmp((*k)->isa, isa)) return true;
+  }
+  return false;
+}
+
 struct Choice {
   const char* isa = nullptr;
-  char error[160] = "";
+  char error[200] = "";
 
   Choice() {
     static const char* const names[] = {"avx512bf16", "avx512", "avx2", "scalar"};  // best first
     const char* forced = getenv("INPAINTRT_CPU_ISA");
     for (const char* name : names) {
       if (forced && *forced && strcmp(forced, name)) continue;
-      if (supported(name)) {
+      if (built(name) && supported(name)) {
         isa = name;
         return;
       }
     }
     snprintf(error, sizeof error, "INPAINTRT_CPU_ISA=%.40s: %s; accepted: scalar, avx2, avx512, avx512bf16",
-             forced ? forced : "", "unknown, or not supported by this CPU");
+             forced ? forced : "", "unknown, not in this build (INPAINTRT_ISAS), or not supported by this CPU");
   }
 };
 

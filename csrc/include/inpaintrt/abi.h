@@ -135,8 +135,9 @@ typedef void (*irt_launcher)(const irt_call* call, const irt_plan* plan, void* w
 /* CPU kernels, at the best ISA of this machine or the one forced with INPAINTRT_CPU_ISA (scalar, avx2, avx512,
  * avx512bf16). */
 int irt_abi_version(void);
-const char* irt_cpu_isa(void);       /* the chosen one; NULL when the forced name is unknown or not supported here */
-const char* irt_cpu_isa_error(void); /* why irt_cpu_isa() is NULL; "" otherwise */
+const char* irt_cpu_isa(
+    void); /* the chosen one; NULL when the forced name is unknown, not built or not supported here */
+const char* irt_cpu_isa_error(void);           /* why irt_cpu_isa() is NULL; "" otherwise */
 irt_kernel irt_cpu_find(const char* name);     /* NULL when there is none */
 irt_chooser irt_cpu_chooser(const char* name); /* NULL when there is no kernel, or one algorithm */
 irt_planner irt_plan_find(const char* name);   /* likewise */
