@@ -15,6 +15,8 @@ if(CMAKE_CXX_COMPILER_ID STREQUAL "GNU" AND CMAKE_CXX_COMPILER_VERSION VERSION_L
   list(APPEND INPAINTRT_FLAGS_avx512 -Wno-uninitialized -Wno-maybe-uninitialized) # false alarms inside GCC 12's own avx512fintrin.h
 endif()
 set(INPAINTRT_FLAGS_avx512bf16 ${INPAINTRT_FLAGS_avx512} -mavx512bf16)
+# AVX512_BF16 adds products of pairs, which convolutions alone use: where AVX-512 is built too, the other ops' kernels are its.
+set(INPAINTRT_OPS_avx512bf16 fused_conv2d gated_conv2d partial_conv2d modulated_conv2d)
 
 function(add_cpu_library name ops parts)
   add_library(${name} STATIC csrc/cpu/dispatch.cpp csrc/cpu/parallel.cpp csrc/cpu/arena.cpp csrc/cpu/preferences.cpp)
@@ -27,7 +29,11 @@ function(add_cpu_library name ops parts)
     endif()
   endforeach()
   foreach(isa ${INPAINTRT_ISAS})
-    set(sources ${ops} ${parts})
+    set(sources ${ops})
+    if(isa STREQUAL "avx512bf16" AND "avx512" IN_LIST INPAINTRT_ISAS)
+      set(sources ${INPAINTRT_OPS_avx512bf16})
+    endif()
+    list(APPEND sources ${parts})
     list(TRANSFORM sources REPLACE "(.+)" "csrc/cpu/\\1.cpp")
     add_library(${name}_${isa} OBJECT ${sources})
     target_include_directories(${name}_${isa} PRIVATE csrc/include csrc/cpu)

@@ -81,6 +81,16 @@ def test_native_sources_are_named_in_cmake() -> None:
     assert set(names.split()) == {op for op in OPS if {"cpu", "cuda", "cupy"} & set(registry.get(op).lanes)}
 
 
+def test_ops_compiled_for_products_of_pairs_are_those_on_the_convolution_engine() -> None:
+    (names,) = re.findall(r"set\(INPAINTRT_OPS_avx512bf16 ([^)]*)\)", (ROOT / "cmake" / "isa.cmake").read_text())
+    assert set(names.split()) == {op for op in OPS if '#include "conv_call.h"' in source(op)}
+
+
+def source(op: str) -> str:
+    path = ROOT / "csrc" / "cpu" / f"{op}.cpp"
+    return path.read_text() if path.exists() else ""
+
+
 @pytest.mark.skipif(bool(native.missing()), reason=native.missing() or "native")
 def test_the_native_library_holds_what_the_specifications_declare() -> None:
     specs = [registry.get(op) for op in OPS]

@@ -35,14 +35,15 @@ bool built(const char* isa) {
   return false;
 }
 
+constexpr const char* kIsas[] = {"avx512bf16", "avx512", "avx2", "scalar"};  // best first; each has all of the next
+
 struct Choice {
   const char* isa = nullptr;
   char error[200] = "";
 
   Choice() {
-    static const char* const names[] = {"avx512bf16", "avx512", "avx2", "scalar"};  // best first
     const char* forced = getenv("INPAINTRT_CPU_ISA");
-    for (const char* name : names) {
+    for (const char* name : kIsas) {
       if (forced && *forced && strcmp(forced, name)) continue;
       if (built(name) && supported(name)) {
         isa = name;
@@ -59,10 +60,14 @@ const Choice& choice() {
   return chosen;
 }
 
+// The kernel for the best instruction set up to the chosen one: sets that add nothing to an op have no kernel of it.
 const irt::KernelRecord* find(const char* name) {
-  const char* isa = name ? irt_cpu_isa() : nullptr;
-  for (auto k = __start_irt_kernels; isa && k != __stop_irt_kernels; ++k) {
-    if (!strcmp((*k)->name, name) && !strcmp((*k)->isa, isa)) return *k;
+  bool reached = false;
+  for (const char* isa : kIsas) {
+    reached = reached || isa == irt_cpu_isa();
+    for (auto k = __start_irt_kernels; name && reached && k != __stop_irt_kernels; ++k) {
+      if (!strcmp((*k)->name, name) && !strcmp((*k)->isa, isa)) return *k;
+    }
   }
   return nullptr;
 }
@@ -101,7 +106,7 @@ int irt_cpu_count(void) {
 const char* irt_cpu_name(int index) {
   if (index < 0) return nullptr;
   for (auto k = __start_irt_kernels; irt_cpu_isa() && k != __stop_irt_kernels; ++k) {
-    if (!strcmp((*k)->isa, irt_cpu_isa()) && index-- == 0) return (*k)->name;
+    if (find((*k)->name) == *k && index-- == 0) return (*k)->name;
   }
   return nullptr;
 }

@@ -13,6 +13,7 @@ namespace irt::INPAINTRT_ISA {
 namespace {
 
 constexpr int64_t kGrain = 16384;  // elements a thread is worth waking for
+constexpr char kDtypes[] = "dtype must be float32, bfloat16 or float16";
 
 struct Settings {
   Act act;
@@ -66,7 +67,8 @@ void backward_row(const T* f, const T* g, const T* grad, T* df, T* dg, int64_t n
 
 // ---- from the call to rows ----------------------------------------------------------------------------------------
 
-template <class T, Act act>
+// The row's function is chosen once: loops over rows are the same for all activations.
+template <class T>
 void forward(const irt_view& y, const irt_view& out, Settings s, int threads) {
   const Loop<2> loop(4, out.sizes, {out.strides, y.strides});
   if (loop.total() == 0) return;  // pointers may be null
@@ -74,14 +76,16 @@ void forward(const irt_view& y, const irt_view& out, Settings s, int threads) {
   const T* g = f + out.sizes[1] * y.strides[1];
   T* o = static_cast<T*>(out.data);
   const int last = loop.ndim - 1;
+  auto row = forward_row<T, Act::none>;
+  with_activation(s.act, [&](auto act) { row = forward_row<T, act.value>; });
   parallel_for(loop.total(), kGrain, threads, [&](int64_t begin, int64_t end) {
     loop.rows(begin, end, [&](const int64_t* at, int64_t n) {
-      forward_row<T, act>(f + at[1], g + at[1], o + at[0], n, loop.strides[1][last], loop.strides[0][last], s);
+      row(f + at[1], g + at[1], o + at[0], n, loop.strides[1][last], loop.strides[0][last], s);
     });
   });
 }
 
-template <class T, Act act>
+template <class T>
 void backward(const irt_view& grad, const irt_view& y, const irt_view& out, Settings s, int threads) {
   const Loop<3> loop(4, grad.sizes, {out.strides, y.strides, grad.strides});
   if (loop.total() == 0) return;
@@ -91,49 +95,15 @@ void backward(const irt_view& grad, const irt_view& y, const irt_view& out, Sett
   T* dg = df + grad.sizes[1] * out.strides[1];
   const T* dout = static_cast<const T*>(grad.data);
   const int last = loop.ndim - 1;
+  auto row = backward_row<T, Act::none>;
+  with_activation(s.act, [&](auto act) { row = backward_row<T, act.value>; });
   parallel_for(loop.total(), kGrain, threads, [&](int64_t begin, int64_t end) {
     loop.rows(begin, end, [&](const int64_t* at, int64_t n) {
-      backward_row<T, act>(f + at[1], g + at[1], dout + at[2], df + at[0], dg + at[0], n, loop.strides[1][last],
-                           loop.strides[2][last], loop.strides[0][last], s);
+      row(f + at[1], g + at[1], dout + at[2], df + at[0], dg + at[0], n, loop.strides[1][last], loop.strides[2][last],
+          loop.strides[0][last], s);
     });
   });
 }
-
-template <template <class, Act> class Body, class T, class... Args>
-void for_activation(Act act, const Args&... args) {
-  switch (act) {
-    case Act::none: return Body<T, Act::none>::run(args...);
-    case Act::relu: return Body<T, Act::relu>::run(args...);
-    case Act::leaky_relu: return Body<T, Act::leaky_relu>::run(args...);
-    case Act::elu: return Body<T, Act::elu>::run(args...);
-    case Act::silu: return Body<T, Act::silu>::run(args...);
-    case Act::sigmoid: return Body<T, Act::sigmoid>::run(args...);
-    case Act::tanh: return Body<T, Act::tanh>::run(args...);
-  }
-}
-
-template <template <class, Act> class Body, class... Args>
-void for_dtype(int dtype, irt_status& status, Act act, const Args&... args) {
-  switch (dtype) {
-    case IRT_F32: return for_activation<Body, float>(act, args...);
-    case IRT_BF16: return for_activation<Body, bf16>(act, args...);
-    case IRT_F16: return for_activation<Body, f16>(act, args...);
-    default: return fail(status, IRT_UNSUPPORTED, "dtype must be float32, bfloat16 or float16");
-  }
-}
-
-template <class T, Act act>
-struct Forward {
-  static void run(const irt_view& y, const irt_view& out, Settings s, int threads) {
-    forward<T, act>(y, out, s, threads);
-  }
-};
-template <class T, Act act>
-struct Backward {
-  static void run(const irt_view& grad, const irt_view& y, const irt_view& out, Settings s, int threads) {
-    backward<T, act>(grad, y, out, s, threads);
-  }
-};
 
 // Arguments from `first` on: y, activation, alpha, gain. `half` has y's shape with half the channels.
 bool read(const irt_call& call, int first, const irt_view& half, Settings& s, irt_status& status) {
@@ -167,7 +137,13 @@ void gated_activation(const irt_call& call, irt_status& status) {
     return fail(status, IRT_BAD_ARGUMENT, "expected (y, activation, alpha, gain) and one output");
   }
   if (!read(call, 0, call.outs[0], s, status)) return;
-  for_dtype<Forward>(call.outs[0].dtype, status, s.act, *call.args[0].tensors, call.outs[0], s, call.threads);
+  const irt_view &y = *call.args[0].tensors, &out = call.outs[0];
+  switch (out.dtype) {
+    case IRT_F32: return forward<float>(y, out, s, call.threads);
+    case IRT_BF16: return forward<bf16>(y, out, s, call.threads);
+    case IRT_F16: return forward<f16>(y, out, s, call.threads);
+    default: return fail(status, IRT_UNSUPPORTED, kDtypes);
+  }
 }
 
 // ([grad], y, activation, alpha, gain, needs) -> [dy]
@@ -183,7 +159,12 @@ void gated_activation_backward(const irt_call& call, irt_status& status) {
   if (out.ndim != 4 || out.dtype != y.dtype || memcmp(out.sizes, y.sizes, 4 * sizeof y.sizes[0])) {
     return fail(status, IRT_BAD_ARGUMENT, "the gradient of y must have y's shape and dtype");
   }
-  for_dtype<Backward>(grad.dtype, status, s.act, grad, y, out, s, call.threads);
+  switch (grad.dtype) {
+    case IRT_F32: return backward<float>(grad, y, out, s, call.threads);
+    case IRT_BF16: return backward<bf16>(grad, y, out, s, call.threads);
+    case IRT_F16: return backward<f16>(grad, y, out, s, call.threads);
+    default: return fail(status, IRT_UNSUPPORTED, kDtypes);
+  }
 }
 
 }  // namespace

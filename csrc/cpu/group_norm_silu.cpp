@@ -96,7 +96,7 @@ struct Part {
   int64_t first, channels;
 };
 
-template <class T, Act act>
+template <class T>
 struct Form {
   const Norm norm;
   const int64_t batch, channels, pixels, side;  // side: channels of a group
@@ -207,6 +207,7 @@ struct Form {
     return quick.finite() ? quick : sums_of<false>(u, pivot);
   }
 
+  template <Act act>
   void apply(const Unit& u, const float* means, const float* slopes, const float* offsets) const {
     const Loop<2> loop = loop_of(*u.part, 1);
     const int last = loop.ndim - 1;
@@ -264,7 +265,9 @@ struct Form {
     Unit u;
     if (!unit(group / norm.groups, group % norm.groups, index % units(), u)) return;
     means += u.b * channels;
-    apply(u, means, means + line_step(), means + 2 * line_step());
+    const auto* slopes = means + line_step();
+    const auto* offsets = slopes + line_step();
+    norm.act == Act::silu ? apply<Act::silu>(u, means, slopes, offsets) : apply<Act::none>(u, means, slopes, offsets);
   }
 
   void by_planes(void* space) const {
@@ -366,6 +369,7 @@ struct Form {
     join();
   }
 
+  template <Act act>
   void finish_pixels(int64_t b, int64_t begin, int64_t end, const float* means) const {
     const float *slopes = means + slots(), *offsets = slopes + slots();
     for (int k = 0; k < count; ++k) {
@@ -433,8 +437,10 @@ struct Form {
       parallel_for(some * all, grain, norm.threads, [&](int64_t begin, int64_t end) {
         for (int64_t i = end - 1; i >= begin; --i) {
           const int64_t first = i % all * piece();
-          finish_pixels(b + i / all, first, least(pixels, first + piece()),
-                        floats + i / all * sample_floats() + slots());
+          const int64_t last = least(pixels, first + piece());
+          const float* means = floats + i / all * sample_floats() + slots();
+          norm.act == Act::silu ? finish_pixels<Act::silu>(b + i / all, first, last, means)
+                                : finish_pixels<Act::none>(b + i / all, first, last, means);
         }
       });
     }
@@ -494,11 +500,6 @@ bool read(const irt_call& call, Norm& norm) {
   return parse_activation(args[7].s, norm.act) && (norm.act == Act::silu || norm.act == Act::none);
 }
 
-template <class T>
-void run(const Norm& norm, irt_status& status) {
-  norm.act == Act::silu ? Form<T, Act::silu>(norm).run(status) : Form<T, Act::none>(norm).run(status);
-}
-
 void group_norm_silu(const irt_call& call, irt_status& status) {
   Norm norm{};
   if (!read(call, norm)) {
@@ -507,9 +508,9 @@ void group_norm_silu(const irt_call& call, irt_status& status) {
                 "(B, C, H, W), vectors (C,) and (B, C), activation \"silu\" or \"none\"");
   }
   switch (norm.out->dtype) {
-    case IRT_F32: return run<float>(norm, status);
-    case IRT_BF16: return run<bf16>(norm, status);
-    case IRT_F16: return run<f16>(norm, status);
+    case IRT_F32: return Form<float>(norm).run(status);
+    case IRT_BF16: return Form<bf16>(norm).run(status);
+    case IRT_F16: return Form<f16>(norm).run(status);
     default: return fail(status, IRT_UNSUPPORTED, "dtype must be float32, bfloat16 or float16");
   }
 }

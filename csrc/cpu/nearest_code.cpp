@@ -9,6 +9,7 @@
 // float, exact up to 2^24), and lanes and threads are compared at the end, so that the result does not depend on the
 // number of threads.
 #include <limits>
+#include <type_traits>
 
 #include "arena.h"
 #include "gemm.h"
@@ -35,13 +36,23 @@ struct Search {
   int64_t first, count, begin, end;
 };
 
-template <class T>
-bool is_known(const irt_view& known, int64_t n) {
-  if (known.dtype == IRT_BOOL) return static_cast<const uint8_t*>(known.data)[n * known.strides[0]] != 0;
-  return to_float(static_cast<const T*>(known.data)[n * known.strides[0]]) != 0.0f;  // NaN is not 0 either
+// visit(data): only what reads tensors is compiled for each of their types, not the product.
+template <class Visit>
+void with_data(const irt_view& view, const Visit& visit) {
+  switch (view.dtype) {
+    case IRT_F32: return visit(static_cast<const float*>(view.data));
+    case IRT_BF16: return visit(static_cast<const bf16*>(view.data));
+    case IRT_F16: return visit(static_cast<const f16*>(view.data));
+  }
 }
 
-template <class T>
+bool is_known(const irt_view& known, int64_t n) {
+  const int64_t i = n * known.strides[0];
+  bool truth = known.dtype == IRT_BOOL && static_cast<const uint8_t*>(known.data)[i] != 0;
+  with_data(known, [&](auto* data) { truth = to_float(data[i]) != 0.0f; });  // NaN is not 0 either
+  return truth;
+}
+
 class Codes {
  public:
   Codes(const irt_call& call)
@@ -122,24 +133,26 @@ class Codes {
   int64_t arrange() {
     int64_t at = 0;
     for (int64_t i = 0; i < n_; ++i) {
-      if (!known_ || is_known<T>(*known_, i)) order_[at++] = i;
+      if (!known_ || is_known(*known_, i)) order_[at++] = i;
     }
     const int64_t known = at;
     for (int64_t i = 0; i < n_ && at < n_; ++i) {
-      if (!is_known<T>(*known_, i)) order_[at++] = i;
+      if (!is_known(*known_, i)) order_[at++] = i;
     }
     return known;
   }
 
   void gather(int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
-      const T* row = static_cast<const T*>(x_.data) + order_[i] * x_.strides[0];
       Vec squares;
-      for (int64_t g = 0; g < groups_; ++g) {
-        const Vec v = Single::across(row + g * W * x_.strides[1], g + 1 < groups_ ? W : tail_, x_.strides[1]);
-        store(blocks_ + (g * n_ + i) * W, v);
-        squares = fma(v, v, squares);
-      }
+      with_data(x_, [&](auto* data) {
+        const auto* row = data + order_[i] * x_.strides[0];
+        for (int64_t g = 0; g < groups_; ++g) {
+          const Vec v = Single::across(row + g * W * x_.strides[1], g + 1 < groups_ ? W : tail_, x_.strides[1]);
+          store(blocks_ + (g * n_ + i) * W, v);
+          squares = fma(v, v, squares);
+        }
+      });
       float lanes[W], sum = 0.0f;
       store(lanes, squares);
       for (const float lane : lanes) sum += lane;
@@ -188,7 +201,9 @@ class Codes {
   void pack(int64_t from, int64_t end, float* row, float* columns, float* norms) const {
     from = least(from, end - 1);
     const int64_t count = least(W, end - from), code = codebook_.strides[0], channel = codebook_.strides[1];
-    read_row(Row<const T>{static_cast<const T*>(codebook_.data) + from * code, count, code, channel}, depth_, row);
+    with_data(codebook_, [&](auto* data) {
+      read_row(Row<std::remove_pointer_t<decltype(data)>>{data + from * code, count, code, channel}, depth_, row);
+    });
     Vec squares;
     for (int64_t k = 0; k < depth_; ++k) {
       for (int64_t lane = count; lane < W; ++lane) row[k * W + lane] = row[k * W + count - 1];
@@ -201,7 +216,7 @@ class Codes {
 
   // The code at the least distance from the vector gathered to place i; the first of equal ones.
   int64_t winner(int64_t i) const {
-    const int64_t begin = known_ && !is_known<T>(*known_, order_[i]) ? split_ : 0;
+    const int64_t begin = known_ && !is_known(*known_, order_[i]) ? split_ : 0;
     float least_distance = kInfinity;
     int64_t found = 0;
     bool any = false;
@@ -219,11 +234,10 @@ class Codes {
 };
 
 // (x, codebook, split, known) -> out
-template <class T>
 void run(const irt_call& call, irt_status& status) {
   if (call.outs[0].sizes[0] == 0) return;
-  if (!Codes<T>::fits(*call.args[0].tensors)) return fail(status, IRT_UNSUPPORTED, "x is too large");
-  Codes<T> codes(call);
+  if (!Codes::fits(*call.args[0].tensors)) return fail(status, IRT_UNSUPPORTED, "x is too large");
+  Codes codes(call);
   const Workspace space(codes.bytes());
   if (!space.data()) return fail(status, IRT_OUT_OF_MEMORY, "no memory for the workspace");
   codes.run(space.data(), static_cast<int64_t*>(call.outs[0].data));
@@ -255,9 +269,9 @@ void nearest_code(const irt_call& call, irt_status& status) {
         "2^24, and one output, contiguous int64 (N)");
   }
   switch (call.args[0].tensors->dtype) {
-    case IRT_F32: return run<float>(call, status);
-    case IRT_BF16: return run<bf16>(call, status);
-    case IRT_F16: return run<f16>(call, status);
+    case IRT_F32:
+    case IRT_BF16:
+    case IRT_F16: return run(call, status);
     default: return fail(status, IRT_UNSUPPORTED, "dtype must be float32, bfloat16 or float16");
   }
 }
