@@ -45,6 +45,7 @@ ARCHS = tuple(int(a) for a in os.environ.get("INPAINTRT_CUDA_ARCHS", "90").repla
 # contextual_attention: two blocks for products, which keep 64 sums a thread; else four. aot_gate: three for moments, which
 # keep 16 pixels a thread; else as gated_activation (lines have few blocks anyway). Convolutions: two, for 64 sums a thread.
 # window_attention: blocks are of 128; four, with a bias two. window_mask_update: of 128 too, all that an SM can run of them.
+# Steps: four with offsets of 32 bits; two where they have 64, whose divisions take the room.
 REGISTERS = {
     "gated_activation": {80: 32, 90: 32, 100: 32, 86: 40, 89: 40, 120: 40},
     "fourier_unit_columns": dict.fromkeys(ALL_ARCHS, 128),
@@ -59,6 +60,8 @@ REGISTERS = {
     "window_attention_biased": dict.fromkeys(ALL_ARCHS, 255),
     "window_attention": dict.fromkeys(ALL_ARCHS, 128),
     "window_mask_update": dict.fromkeys(ALL_ARCHS, 64),
+    "sampler_step": dict.fromkeys(ALL_ARCHS, 96),
+    "linear_step": dict.fromkeys(ALL_ARCHS, 80),
     "conv2d_pack": dict.fromkeys(ALL_ARCHS, 64),
     "partial_conv2d_plane": dict.fromkeys(ALL_ARCHS, 64),
     "partial_conv2d_sums": dict.fromkeys(ALL_ARCHS, 64),
@@ -289,6 +292,19 @@ def update_entries() -> frozenset[str]:
     return frozenset(found)
 
 
+@functools.cache
+def step_entries(op: str) -> frozenset[str]:
+    found = set()
+    for dtype, wide in itertools.product(DTYPES, ("", "_wide")):
+        x, seeds = torch.empty(1, 1, 2, 2), torch.zeros(1, dtype=torch.int64)
+        images, model = [x.to(dtype)], torch.empty(1, 2, 2, 2, dtype=dtype)
+        first, outs = ((images, torch.ones(4)), images) if op == "linear_step" else ((x, model, torch.ones(16)), (x, x))
+        args = registry.get(op).bind(*first, seeds=seeds)
+        found |= {launch.entry for launch in simulation.plan(op + wide, args, tuple(outs)).launches}
+    assert len(found) == 2 * len(DTYPES)
+    return frozenset(found)
+
+
 # Every instance that plans of an op can name.
 ENTRIES = {
     "gated_activation": gated_entries,
@@ -297,6 +313,7 @@ ENTRIES = {
     "aot_gate": aot_entries,
     "window_attention": window_entries,
     "window_mask_update": update_entries,
+    **{op: functools.partial(step_entries, op) for op in ("sampler_step", "linear_step")},
     **{op: functools.partial(convolution_entries, op) for op in ("fused_conv2d", "gated_conv2d", "partial_conv2d")},
 }
 

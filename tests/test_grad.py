@@ -106,7 +106,8 @@ def test_second_derivatives(name):
             result = getattr(ops, name)(**dict(zip(leaves, values, strict=True)), **masks, **sample.kwargs)
             return result[0] if isinstance(result, tuple) else result  # a mask that is returned depends on masks alone
 
-        assert torch.autograd.gradgradcheck(call, list(leaves.values()))
+        # Along random directions: whole Jacobians of second derivatives would take minutes.
+        assert torch.autograd.gradgradcheck(call, list(leaves.values()), fast_mode=True)
 
 
 def test_gradient_at_nan_is_torchs():

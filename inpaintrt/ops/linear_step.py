@@ -198,7 +198,7 @@ SPEC = OpSpec(
     reference=_reference,
     out=_out,
     into=_into,
-    lanes={"triton": Lane(refuses=_refuses), "cpu": Lane(refuses=_refuses)},
+    lanes=dict.fromkeys(("cuda", "triton", "cupy", "cpu"), Lane(refuses=_refuses)),
     samples=_samples,
     cost=_cost,
     differentiable=False,

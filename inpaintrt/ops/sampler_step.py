@@ -284,10 +284,7 @@ SPEC = OpSpec(
     reference=_reference,
     out=_out,
     into=_into,
-    lanes={
-        "triton": Lane(dtypes=frozenset({torch.float32}), refuses=_refuses),
-        "cpu": Lane(dtypes=frozenset({torch.float32}), refuses=_refuses),
-    },
+    lanes=dict.fromkeys(("cuda", "triton", "cupy", "cpu"), Lane(dtypes=frozenset({torch.float32}), refuses=_refuses)),
     samples=_samples,
     cost=_cost,
     differentiable=False,
