@@ -39,8 +39,20 @@ SHARED = {
     "inpaintrt/ops": {"__init__", "_shared", "_convolution", "_engine", "_resampling", "_philox", "_sampling"},
     "csrc/cpu": {"dispatch", "parallel", "arena", "preferences", *PARTS},
     "kernels": {"__init__", "_lib", "_planes", "_conv2d", "_fir", "_philox", "_samples", "aot"},
-    "csrc/plan": {"plan", "nest", "fft", "conv2d", "conv2d_call", "windows", "windows_call", "step", "step_plan"},
-    "csrc/cuda": {"common", "activation", "library", "fft", "mma", "conv2d", "philox", "step"},
+    "csrc/plan": {
+        "plan",
+        "nest",
+        "fft",
+        "conv2d",
+        "conv2d_call",
+        "windows",
+        "windows_call",
+        "step",
+        "step_plan",
+        "moments",
+        "moments_plan",
+    },
+    "csrc/cuda": {"common", "activation", "library", "fft", "mma", "conv2d", "philox", "step", "moments"},
     "docs/ops": {"README"},
 }
 

@@ -58,8 +58,9 @@ def test_what_is_launched(
     layout: str, shape: tuple[int, ...], entries: tuple[str, ...], tiles: int, blocks: int
 ) -> None:
     found = plan(arguments(*shape, layout=layout))
-    kernels = [launch.entry.removeprefix("irt::aot_gate_") for launch in found.launches]
-    assert kernels == [name + entry for name, entry in zip(("moments", "lines", "blend"), entries, strict=True)]
+    kernels = [launch.entry.removeprefix("irt::") for launch in found.launches]
+    names = ("plane_moments", "aot_gate_lines", "aot_gate_blend")
+    assert kernels == [name + entry for name, entry in zip(names, entries, strict=True)]
     planes = shape[0] * shape[1]
     assert found.workspace_bytes == planes * LINE + planes * tiles * PART
     moments, lines, blend = found.launches

@@ -42,10 +42,10 @@ ALL_ARCHS = (80, 86, 89, 90, 100, 120)
 ARCHS = tuple(int(a) for a in os.environ.get("INPAINTRT_CUDA_ARCHS", "90").replace(",", ";").split(";"))
 # Registers a thread may use (in blocks of 256), by the beginning of the kernel's name. gated_activation: as many threads
 # as an SM can run, 2048 or 1536. fourier_unit: two blocks where shared memory allows no more, else four.
-# contextual_attention: two blocks for products, which keep 64 sums a thread; else four. aot_gate: three for moments, which
-# keep 16 pixels a thread; else as gated_activation (lines have few blocks anyway). Convolutions: two, for 64 sums a thread.
-# window_attention: blocks are of 128; four, with a bias two. window_mask_update: of 128 too, all that an SM can run of them.
-# Steps: four with offsets of 32 bits; two where they have 64, whose divisions take the room.
+# contextual_attention: two blocks for products, which keep 64 sums a thread; else four. Moments of planes: three, which
+# keep 16 pixels a thread; what follows them as gated_activation (lines have few blocks anyway). Convolutions: two, for 64
+# sums a thread. window_attention: blocks are of 128; four, with a bias two. window_mask_update: of 128 too, all that an SM
+# can run of them. Steps: four with offsets of 32 bits; two where they have 64, whose divisions take the room.
 REGISTERS = {
     "gated_activation": {80: 32, 90: 32, 100: 32, 86: 40, 89: 40, 120: 40},
     "fourier_unit_columns": dict.fromkeys(ALL_ARCHS, 128),
@@ -54,9 +54,11 @@ REGISTERS = {
     "contextual_attention_gram": dict.fromkeys(ALL_ARCHS, 128),
     "contextual_attention_paste": dict.fromkeys(ALL_ARCHS, 128),
     "contextual_attention": dict.fromkeys(ALL_ARCHS, 64),
-    "aot_gate_moments": dict.fromkeys(ALL_ARCHS, 80),
+    "plane_moments": dict.fromkeys(ALL_ARCHS, 80),
     "aot_gate_lines": dict.fromkeys(ALL_ARCHS, 80),
     "aot_gate_blend": {80: 32, 90: 32, 100: 32, 86: 40, 89: 40, 120: 40},
+    "group_norm_silu_lines": dict.fromkeys(ALL_ARCHS, 80),
+    "group_norm_silu_apply": {80: 32, 90: 32, 100: 32, 86: 40, 89: 40, 120: 40},
     "window_attention_biased": dict.fromkeys(ALL_ARCHS, 255),
     "window_attention": dict.fromkeys(ALL_ARCHS, 128),
     "window_mask_update": dict.fromkeys(ALL_ARCHS, 64),
@@ -254,6 +256,19 @@ def aot_entries() -> frozenset[str]:
 
 
 @functools.cache
+def group_norm_entries() -> frozenset[str]:
+    found = set()
+    formats = (torch.contiguous_format, torch.channels_last)
+    planners = ("group_norm_silu", "group_norm_silu_wide")
+    for dtype, planner, size, memory in itertools.product(DTYPES, planners, (8, 3), formats):
+        x = torch.empty(1, size, size, size, dtype=dtype).to(memory_format=memory)
+        args = registry.get("group_norm_silu").bind(x, 1)
+        found |= {launch.entry for launch in simulation.plan(planner, args, (x,)).launches}
+    assert len(found) == len(DTYPES) * (2 + 2 + 3 * 2)  # moments and lines of either format, what is applied
+    return frozenset(found)
+
+
+@functools.cache
 def convolution_entries(op: str) -> frozenset[str]:
     found = set()
     for dtype, ieee, outputs, planes in itertools.product(DTYPES, (True, False), (16, 64, 128), (1, 8)):
@@ -311,6 +326,7 @@ ENTRIES = {
     "fourier_unit": fourier_entries,
     "contextual_attention": contextual_entries,
     "aot_gate": aot_entries,
+    "group_norm_silu": group_norm_entries,
     "window_attention": window_entries,
     "window_mask_update": update_entries,
     **{op: functools.partial(step_entries, op) for op in ("sampler_step", "linear_step")},

@@ -6,9 +6,8 @@
 // of fewer groups than threads it takes parts. In NHWC a group's pixels are spread over all of memory: statistics are
 // taken in pieces of neighbouring pixels, with channels as lanes, and then each thread goes backwards through its
 // pieces. How tensors are cut does not depend on the number of threads, and so neither do results.
-#include "activation.h"
 #include "arena.h"
-#include "kernel.h"
+#include "group_norm_call.h"
 #include "loop.h"
 #include "parallel.h"
 #include "run_moments.h"
@@ -65,28 +64,18 @@ inline Vec finish(Vec x, Vec mean, Vec slope, Vec offset) {
   return activate<act>(fma(x - mean, slope, offset), Vec(0.0f));
 }
 
-// weight, bias: (C,); scale, shift: (B, C); of x's dtype or float; absent: as zeros.
-struct Vector {
-  const irt_view* view = nullptr;
-
-  double at(int64_t b, int64_t c, double absent) const {
-    if (!view) return absent;
-    const int64_t i = view->ndim == 1 ? c * view->strides[0] : b * view->strides[0] + c * view->strides[1];
-    switch (view->dtype) {
-      case IRT_F32: return static_cast<double>(static_cast<const float*>(view->data)[i]);
-      case IRT_BF16: return static_cast<double>(to_float(static_cast<const bf16*>(view->data)[i]));
-      default: return static_cast<double>(to_float(static_cast<const f16*>(view->data)[i]));
-    }
+// A channel's number of a vector (C,) or (B, C), of x's dtype or float.
+double number(const irt_view* view, int64_t b, int64_t c, double absent) {
+  if (!view) return absent;
+  const int64_t i = view->ndim == 1 ? c * view->strides[0] : b * view->strides[0] + c * view->strides[1];
+  switch (view->dtype) {
+    case IRT_F32: return static_cast<double>(static_cast<const float*>(view->data)[i]);
+    case IRT_BF16: return static_cast<double>(to_float(static_cast<const bf16*>(view->data)[i]));
+    default: return static_cast<double>(to_float(static_cast<const f16*>(view->data)[i]));
   }
-};
+}
 
-// What a call asks for.
-struct Norm {
-  const irt_view *x, *second, *out;  // second may be null
-  Vector weight, bias, scale, shift;
-  int64_t groups;
-  double eps;
-  Act act;
+struct Norm : GroupNormCall {
   int threads;
 };
 
@@ -135,8 +124,8 @@ struct Form {
     const double mean = pivot + away, steep = 1.0 / std::sqrt((left < 0.0 ? 0.0 : left) + norm.eps);
     const float rounded = static_cast<float>(mean);
     for (int64_t c = group * side; c < (group + 1) * side; ++c) {
-      const double film = 1.0 + norm.scale.at(b, c, 0.0), slope = steep * norm.weight.at(b, c, 1.0) * film;
-      const double addend = norm.bias.at(b, c, 0.0) * film + norm.shift.at(b, c, 0.0);
+      const double film = 1.0 + number(norm.scale, b, c, 0.0), slope = steep * number(norm.weight, b, c, 1.0) * film;
+      const double addend = number(norm.bias, b, c, 0.0) * film + number(norm.shift, b, c, 0.0);
       const double lost = (static_cast<double>(rounded) - mean) * slope;
       // An infinite weight makes `lost` infinite, whose sign means nothing.
       put_line(c,
@@ -457,56 +446,10 @@ struct Form {
   }
 };
 
-// ---- from the call to a form ---------------------------------------------------------------------------------------
-
-bool vector_arg(const irt_call& call, int index, int ndim, Vector& vector) {
-  const irt_value& value = call.args[index];
-  if (value.kind == IRT_NONE) return true;
-  if (value.kind != IRT_TENSOR) return false;
-  const irt_view &view = *value.tensors, &out = call.outs[0];
-  vector.view = &view;
-  return view.ndim == ndim && (view.dtype == IRT_F32 || view.dtype == out.dtype) &&
-         view.sizes[ndim - 1] == out.sizes[1] && (ndim == 1 || view.sizes[0] == out.sizes[0]);
-}
-
-bool like(const irt_view& a, const irt_view& out) {
-  return a.ndim == 4 && a.dtype == out.dtype && a.sizes[0] == out.sizes[0] && a.sizes[2] == out.sizes[2] &&
-         a.sizes[3] == out.sizes[3];
-}
-
-// (x, num_groups, weight, bias, scale, shift, eps, activation, second) -> out
-bool read(const irt_call& call, Norm& norm) {
-  if (call.nargs != 9 || call.nouts != 1) return false;
-  const irt_value* args = call.args;
-  const irt_view& out = call.outs[0];
-  if (args[0].kind != IRT_TENSOR || args[1].kind != IRT_INT || !is_number_or_none(args[6]) ||
-      args[7].kind != IRT_STRING || (args[8].kind != IRT_NONE && args[8].kind != IRT_TENSOR)) {
-    return false;
-  }
-  norm.x = args[0].tensors;
-  norm.second = args[8].kind == IRT_TENSOR ? args[8].tensors : nullptr;
-  norm.out = &out;
-  norm.groups = args[1].i;
-  norm.eps = float_arg(args[6], 1e-5);
-  norm.threads = call.threads;
-  if (out.ndim != 4 || !like(*norm.x, out) || (norm.second && !like(*norm.second, out))) return false;
-  if (norm.x->sizes[1] + (norm.second ? norm.second->sizes[1] : 0) != out.sizes[1]) return false;
-  if (norm.second && norm.second->sizes[1] == 0) norm.second = nullptr;
-  if (norm.groups < 1 || out.sizes[1] % norm.groups) return false;
-  if (!vector_arg(call, 2, 1, norm.weight) || !vector_arg(call, 3, 1, norm.bias) ||
-      !vector_arg(call, 4, 2, norm.scale) || !vector_arg(call, 5, 2, norm.shift)) {
-    return false;
-  }
-  return parse_activation(args[7].s, norm.act) && (norm.act == Act::silu || norm.act == Act::none);
-}
-
 void group_norm_silu(const irt_call& call, irt_status& status) {
-  Norm norm{};
-  if (!read(call, norm)) {
-    return fail(status, IRT_BAD_ARGUMENT,
-                "expected (x, num_groups, weight, bias, scale, shift, eps, activation, second) and one output: tensors "
-                "(B, C, H, W), vectors (C,) and (B, C), activation \"silu\" or \"none\"");
-  }
+  Norm norm;
+  if (!norm.read(call, status)) return;
+  norm.threads = call.threads;
   switch (norm.out->dtype) {
     case IRT_F32: return Form<float>(norm).run(status);
     case IRT_BF16: return Form<bf16>(norm).run(status);

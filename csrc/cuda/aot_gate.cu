@@ -4,8 +4,8 @@
 
 #define OFFSETS(T, pack, own) \
   IRT_INSTANCE(irt::aot_gate_blend<T, pack, own, int>), IRT_INSTANCE(irt::aot_gate_blend<T, pack, own, long long>)
-#define TYPE(T, pack)                                                                                             \
-  IRT_INSTANCE(irt::aot_gate_moments<T, 1>), IRT_INSTANCE(irt::aot_gate_moments<T, 32>), OFFSETS(T, pack, false), \
+#define TYPE(T, pack)                                                                                       \
+  IRT_INSTANCE(irt::plane_moments<T, 1>), IRT_INSTANCE(irt::plane_moments<T, 32>), OFFSETS(T, pack, false), \
       OFFSETS(T, pack, true), OFFSETS(T, 1, false)
 
 static const auto& instances() {

@@ -1,40 +1,21 @@
 // What the kernels of aot_gate are given. Read by the planner (host C++) and the kernels (nvcc and NVRTC).
 #pragma once
 
-#include "nest.h"
+#include "moments.h"
 
 namespace irt {
 
-// The statistics: of tiles of pixels, then of channels. "Planes" are the channels of all samples.
-//
-// The workspace: a line per plane, then a part per tile of each plane.
+// From the moments of the gate's tiles to a line per plane. The workspace: a line per plane, then a part per tile of
+// each.
 struct AotGate {
-  static constexpr int kThreads = 256, kLineThreads = 64;
-  static constexpr int kPerThread = 16;  // pixels
-  static constexpr int kChannels = 32;   // that a block takes side by side where they are innermost in memory; else one
-  IRT_BOTH static constexpr int pixels_of_block(int channels) { return kPerThread * (kThreads / channels); }
+  static constexpr int kLineThreads = 64;
 
-  // Of a tile: its rounded mean, what is left of its mean, its root mean square deviation.
-  struct Part {
-    float mean, rest, deviation;
-  };
-  // Of a plane: the mask's argument is (gate − mean) · slope + offset.
-  struct Line {
-    float mean, slope, offset;
-  };
-  // Shared memory of the kernels.
-  struct TileMemory {
-    float sums[kThreads], least[kThreads], largest[kThreads];
-  };
+  // Shared memory of the kernel.
   struct LineMemory {
     double sums[kLineThreads];
   };
 
-  const void* gate;
-  long long strides[4];  // of sample, channel, row, pixel in elements
-  int channels, pixels, tiles;
-  Divisor<int> width;  // of a row; of all pixels, where they are one row
-  long long parts_at;  // in the workspace, in lines
+  PlaneMoments moments;
   double eps;
 };
 

@@ -163,7 +163,7 @@ SPEC = OpSpec(
     summary="SiLU(group_norm(x) · (1 + scale) + shift), of one tensor or of two read as joined",
     reference=_reference,
     out=_out,
-    lanes={"triton": Lane(), "cpu": Lane()},
+    lanes={"cuda": Lane(), "triton": Lane(), "cupy": Lane(), "cpu": Lane()},
     samples=_samples,
     cost=_cost,
 )

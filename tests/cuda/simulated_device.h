@@ -35,6 +35,7 @@ static inline int __float_as_int(float value) {
   memcpy(&bits, &value, sizeof bits);
   return bits;
 }
+static inline double rsqrt(double x) { return 1.0 / sqrt(x); }
 static inline float __fadd_rn(float a, float b) { return a + b; }
 static inline float __fmul_rn(float a, float b) { return a * b; }
 static inline void sincospif(float x, float* sine, float* cosine) {
