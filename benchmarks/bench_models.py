@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import inpaintrt
 from inpaintrt import models
 from inpaintrt.runtime.spec import Cost, as_outputs
+from inpaintrt.samplers import Schedule, draws, repaint
 from inpaintrt.testing import recipe
 from inpaintrt.testing.compare import flat_tensors
 from inpaintrt.testing.memory import in_fresh_process
@@ -219,6 +221,36 @@ def test_mat(versus, device, hole):
         candidates, cost=cost(original, (*known, torch.zeros(1, original.z_dim, device=device))), rounds=2, device=device,
         shape=image.shape, model=f"mat, {hole}", group="mat fp32",
         means={"eager": ["eager"], "all pixels": ["inpaintrt, all pixels"]},
+    )  # fmt: skip
+
+
+SAME_IMAGE = 1e-3
+"""Relative RMS allowed to an image at the end of a chain of calls, each of which takes the rounding of the one before."""
+
+
+@torch.no_grad()
+def test_repaint(versus, device):
+    """RePaint's loop with the same noises: the public code's order of steps in eager, and ours; and with noise that is drawn."""
+    case = CASES["guided_unet"]
+    original = ((versus.smoke and case.smoke) or case.make)().network.eval().to(device)
+    accelerated = inpaintrt.accelerate(copy.deepcopy(original))
+    steps, jump = (4, 2) if versus.smoke else (50, 5)
+    schedule = Schedule.repaint(steps, jump_length=jump, resampling=3)
+    height, width = (16, 16) if versus.smoke else case.size
+    image, mask = recipe.image("photo", 1, 3, height, width).to(device), mat_hole("box 15 %", height).to(device)
+    noises = torch.randn(draws(schedule), *image.shape, generator=torch.Generator().manual_seed(1)).to(device)
+
+    def run(network: nn.Module, **noise: Any) -> Tensor:
+        return repaint(network, image, mask, schedule=schedule, **noise)
+
+    candidates = {
+        "eager": lambda: plain(lambda: run(original, noises=noises)),
+        "inpaintrt": lambda: run(accelerated, noises=noises),
+        "inpaintrt, noise drawn": lambda: run(accelerated, seeds=1),
+    }
+    versus(
+        candidates, tolerances={"inpaintrt": SAME_IMAGE, "inpaintrt, noise drawn": math.inf}, rounds=1, device=device,
+        shape=image.shape, model=f"repaint, {len(schedule.calls)} calls", group="repaint fp32", means={"eager": ["eager"]},
     )  # fmt: skip
 
 
