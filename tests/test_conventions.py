@@ -103,6 +103,23 @@ def source(op: str) -> str:
     return path.read_text() if path.exists() else ""
 
 
+@pytest.mark.parametrize("folders", [("cpu",), ("plan", "cuda")], ids="+".join)
+def test_no_two_headers_define_a_type_of_one_name(folders: tuple[str, ...]) -> None:
+    """The linker would take the member functions of either for those of both."""
+    definition = re.compile(r"^(?:struct|class|enum class) (?:alignas\(.*?\) )?(\w+)[^;{]*\{", re.M)
+    owners: dict[str, set[str]] = {}
+    headers = [
+        path for folder in folders for path in (ROOT / "csrc" / folder).iterdir() if path.suffix in (".h", ".cuh")
+    ]
+    for path in sorted(headers):
+        space, *parts = re.split(r"^namespace (\S+) \{$", path.read_text(), flags=re.M)
+        for space, text in zip(parts[::2], parts[1::2], strict=True):
+            for name in definition.findall(text):
+                owners.setdefault(f"{space}::{name}", set()).add(path.name)
+    assert len(owners) > 20, "the pattern finds no types any more"
+    assert {name: found for name, found in owners.items() if len(found) > 1} == {}
+
+
 @pytest.mark.skipif(bool(native.missing()), reason=native.missing() or "native")
 def test_the_native_library_holds_what_the_specifications_declare() -> None:
     specs = [registry.get(op) for op in OPS]

@@ -35,7 +35,8 @@ const char* read(const irt_call& call, conv::Call& c) {
 template <class T>
 class Judge {
  public:
-  Judge(const conv::Call& call, const Planes<T>& planes) : call_(call), planes_(planes), usual_(conv::planned(call)) {
+  Judge(const conv::Call& call, const MaskPlanes<T>& planes)
+      : call_(call), planes_(planes), usual_(conv::planned(call)) {
     conv::Call ieee = call;
     ieee.ieee = true;
     exact_ = conv::planned(ieee);
@@ -53,7 +54,7 @@ class Judge {
 
  private:
   const conv::Call& call_;
-  const Planes<T>& planes_;
+  const MaskPlanes<T>& planes_;
   conv::Plan usual_, exact_;
 
   bool coarse(int64_t image) const { return !usual_.exact && planes_.thin(image) > 0; }
@@ -65,7 +66,7 @@ class Part {
  public:
   conv::Call call;
 
-  Part(const conv::Call& whole, const Planes<T>& planes, int64_t first, int64_t end)
+  Part(const conv::Call& whole, const MaskPlanes<T>& planes, int64_t first, int64_t end)
       : call(whole), x_(*whole.x), mask_(*whole.mask), out_(*whole.out) {
     for (irt_view* view : {&x_, &mask_, &out_}) {
       if (view == &mask_ && mask_.sizes[0] == 1) continue;
@@ -84,7 +85,7 @@ class Part {
 
 // The memory for everything is there before an output is written.
 template <class T>
-void compute(conv::Call& c, const Planes<T>& planes, const irt_view& updated, irt_status& status) {
+void compute(conv::Call& c, const MaskPlanes<T>& planes, const irt_view& updated, irt_status& status) {
   const Judge<T> judge(c, planes);
   const auto each_part = [&](const auto& then) {  // neighbours that are computed alike
     for (int64_t first = 0, end; first < c.batch(); first = end) {
@@ -139,8 +140,8 @@ void prepare(const irt_call& call, irt_status& status, const Then& then) {
     masked.mask = &mask;
     then(masked, planes);
   };
-  if (c.x->dtype == IRT_F32) return with_planes(Planes<float>(c, window, eps));
-  if (c.x->dtype == IRT_BF16) return with_planes(Planes<bf16>(c, window, eps));
+  if (c.x->dtype == IRT_F32) return with_planes(MaskPlanes<float>(c, window, eps));
+  if (c.x->dtype == IRT_BF16) return with_planes(MaskPlanes<bf16>(c, window, eps));
   fail(status, IRT_UNSUPPORTED, "dtype must be float32 or bfloat16");
 }
 

@@ -14,9 +14,9 @@
 namespace irt::INPAINTRT_ISA {
 
 template <class T>
-class Planes {
+class MaskPlanes {
  public:
-  Planes(const conv::Call& call, double window, double eps)
+  MaskPlanes(const conv::Call& call, double window, double eps)
       : call_(call), window_(static_cast<float>(window)), eps_(static_cast<float>(eps)) {}
 
   // Ratio and valid of all images; of all masks the sums of windows and of channels, one channel by itself, the least
@@ -176,7 +176,7 @@ class Planes {
   }
 
   // Of rows of pixels: four channels at a time, so that the sums are not loaded and stored for each.
-  IRT_INLINE void sum_planes(const Planes& planes, const T* from, int64_t count, float* to, Vec& differences) {
+  IRT_INLINE void sum_planes(const MaskPlanes& planes, const T* from, int64_t count, float* to, Vec& differences) {
     const int64_t channels = planes.call_.mask->sizes[1], step = planes.call_.mask->strides[1];
     memset(to, 0, static_cast<size_t>(count) * sizeof(float));
     int64_t c = 0;
@@ -200,7 +200,7 @@ class Planes {
   }
 
   // Of W pixels, whose channels lie side by side.
-  IRT_INLINE Vec sum_pixels(const Planes& planes, const T* from, Vec& differences) {
+  IRT_INLINE Vec sum_pixels(const MaskPlanes& planes, const T* from, Vec& differences) {
     constexpr float kOnes[16] = {1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1};
     const int64_t channels = planes.call_.mask->sizes[1], step = planes.call_.mask->strides[3];
     const int64_t whole = channels / W * W, rest = channels - whole;

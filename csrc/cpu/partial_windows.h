@@ -13,7 +13,7 @@ namespace irt::INPAINTRT_ISA {
 template <class T>
 class ThinWindows {
  public:
-  ThinWindows(const conv::Call& call, const Planes<T>& planes)
+  ThinWindows(const conv::Call& call, const MaskPlanes<T>& planes)
       : call_(call), planes_(planes), at_once_(conv::windows_at_once(call)) {}
 
   size_t bytes(irt_status& status) const {
@@ -84,7 +84,7 @@ class ThinWindows {
   };
 
   const conv::Call& call_;
-  const Planes<T>& planes_;
+  const MaskPlanes<T>& planes_;
   int64_t at_once_;
 
   void flush(Batch& batch, irt_status& status) const {

@@ -34,21 +34,23 @@ static inline Vec square_root(Vec x) { return std::sqrt(x.v); }
 
 #if defined(__AVX512F__)
 
-struct Wide {
+struct Lanes64 {
   static constexpr int kWidth = 8;
   __m512i v;
-  Wide() : v(_mm512_setzero_si512()) {}
-  Wide(__m512i x) : v(x) {}
-  Wide(uint64_t x) : v(_mm512_set1_epi64(static_cast<long long>(x))) {}
+  Lanes64() : v(_mm512_setzero_si512()) {}
+  Lanes64(__m512i x) : v(x) {}
+  Lanes64(uint64_t x) : v(_mm512_set1_epi64(static_cast<long long>(x))) {}
 };
-static inline Wide multiply(Wide a, Wide b) { return _mm512_mul_epu32(a.v, b.v); }  // of the low halves
-static inline Wide high(Wide a) { return _mm512_srli_epi64(a.v, 32); }
-static inline Wide exclusive_or(Wide a, Wide b, Wide c) { return _mm512_ternarylogic_epi64(a.v, b.v, c.v, 0x96); }
-static inline Wide load_wide(const uint64_t* p) { return _mm512_loadu_si512(p); }
-static inline Wide operator+(Wide a, Wide b) { return _mm512_add_epi64(a.v, b.v); }
+static inline Lanes64 multiply(Lanes64 a, Lanes64 b) { return _mm512_mul_epu32(a.v, b.v); }  // of the low halves
+static inline Lanes64 high(Lanes64 a) { return _mm512_srli_epi64(a.v, 32); }
+static inline Lanes64 exclusive_or(Lanes64 a, Lanes64 b, Lanes64 c) {
+  return _mm512_ternarylogic_epi64(a.v, b.v, c.v, 0x96);
+}
+static inline Lanes64 load_lanes64(const uint64_t* p) { return _mm512_loadu_si512(p); }
+static inline Lanes64 operator+(Lanes64 a, Lanes64 b) { return _mm512_add_epi64(a.v, b.v); }
 
 using Bits = __m512i;  // kWidth lanes of 32 bits
-static inline Bits interleave(Wide even, Wide odd) {
+static inline Bits interleave(Lanes64 even, Lanes64 odd) {
   return _mm512_mask_blend_epi32(0xaaaa, even.v, _mm512_slli_epi64(odd.v, 32));
 }
 static inline Vec number(Bits x) { return _mm512_cvtepu32_ps(x); }  // unsigned, rounded to nearest even
@@ -86,21 +88,25 @@ static inline void in_order(Vec (&z)[4]) {
 
 #elif defined(__AVX2__)
 
-struct Wide {
+struct Lanes64 {
   static constexpr int kWidth = 4;
   __m256i v;
-  Wide() : v(_mm256_setzero_si256()) {}
-  Wide(__m256i x) : v(x) {}
-  Wide(uint64_t x) : v(_mm256_set1_epi64x(static_cast<long long>(x))) {}
+  Lanes64() : v(_mm256_setzero_si256()) {}
+  Lanes64(__m256i x) : v(x) {}
+  Lanes64(uint64_t x) : v(_mm256_set1_epi64x(static_cast<long long>(x))) {}
 };
-static inline Wide multiply(Wide a, Wide b) { return _mm256_mul_epu32(a.v, b.v); }
-static inline Wide high(Wide a) { return _mm256_srli_epi64(a.v, 32); }
-static inline Wide exclusive_or(Wide a, Wide b, Wide c) { return _mm256_xor_si256(_mm256_xor_si256(a.v, b.v), c.v); }
-static inline Wide load_wide(const uint64_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
-static inline Wide operator+(Wide a, Wide b) { return _mm256_add_epi64(a.v, b.v); }
+static inline Lanes64 multiply(Lanes64 a, Lanes64 b) { return _mm256_mul_epu32(a.v, b.v); }
+static inline Lanes64 high(Lanes64 a) { return _mm256_srli_epi64(a.v, 32); }
+static inline Lanes64 exclusive_or(Lanes64 a, Lanes64 b, Lanes64 c) {
+  return _mm256_xor_si256(_mm256_xor_si256(a.v, b.v), c.v);
+}
+static inline Lanes64 load_lanes64(const uint64_t* p) {
+  return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+}
+static inline Lanes64 operator+(Lanes64 a, Lanes64 b) { return _mm256_add_epi64(a.v, b.v); }
 
 using Bits = __m256i;
-static inline Bits interleave(Wide even, Wide odd) {
+static inline Bits interleave(Lanes64 even, Lanes64 odd) {
   return _mm256_blend_epi32(even.v, _mm256_slli_epi64(odd.v, 32), 0xaa);
 }
 static inline Vec number(Bits x) {  // halves are exact, so that only their sum is rounded
@@ -138,22 +144,22 @@ static inline void in_order(Vec (&z)[4]) {
 
 #else
 
-struct Wide {
+struct Lanes64 {
   static constexpr int kWidth = 1;
   uint64_t v;
-  Wide() : v(0) {}
-  Wide(uint64_t x) : v(x) {}
+  Lanes64() : v(0) {}
+  Lanes64(uint64_t x) : v(x) {}
 };
-static inline Wide multiply(Wide a, Wide b) {
+static inline Lanes64 multiply(Lanes64 a, Lanes64 b) {
   return uint64_t{static_cast<uint32_t>(a.v)} * static_cast<uint32_t>(b.v);
 }
-static inline Wide high(Wide a) { return a.v >> 32; }
-static inline Wide exclusive_or(Wide a, Wide b, Wide c) { return a.v ^ b.v ^ c.v; }
-static inline Wide load_wide(const uint64_t* p) { return *p; }
-static inline Wide operator+(Wide a, Wide b) { return a.v + b.v; }
+static inline Lanes64 high(Lanes64 a) { return a.v >> 32; }
+static inline Lanes64 exclusive_or(Lanes64 a, Lanes64 b, Lanes64 c) { return a.v ^ b.v ^ c.v; }
+static inline Lanes64 load_lanes64(const uint64_t* p) { return *p; }
+static inline Lanes64 operator+(Lanes64 a, Lanes64 b) { return a.v + b.v; }
 
 using Bits = uint32_t;
-static inline Bits interleave(Wide even, Wide) { return static_cast<uint32_t>(even.v); }
+static inline Bits interleave(Lanes64 even, Lanes64) { return static_cast<uint32_t>(even.v); }
 static inline Vec number(Bits x) { return static_cast<float>(x); }
 static inline Vec mantissa(Vec u, Vec& n) {
   const uint32_t bits = float_to_bits(u.v) - 0x3f3504f3u;
@@ -188,24 +194,24 @@ struct Philox {
 
 // Words of the blocks from `first` on, kWidth of them, in the lanes that kBlockOf says.
 IRT_INLINE void philox_words(const Philox& noise, int64_t first, Bits (&words)[4]) {
-  constexpr int kHalves = Vec::kWidth / Wide::kWidth;
-  const Wide multiplier0(0xd2511f53u), multiplier1(0xcd9e8d57u);
-  Wide c[kHalves][4];
+  constexpr int kHalves = Vec::kWidth / Lanes64::kWidth;
+  const Lanes64 multiplier0(0xd2511f53u), multiplier1(0xcd9e8d57u);
+  Lanes64 c[kHalves][4];
   for (int h = 0; h < kHalves; ++h) {
-    uint64_t blocks[Wide::kWidth];
-    for (int i = 0; i < Wide::kWidth; ++i) blocks[i] = kBlockOf[kHalves * i + h];
-    const Wide block = Wide(static_cast<uint64_t>(first)) + load_wide(blocks);
+    uint64_t blocks[Lanes64::kWidth];
+    for (int i = 0; i < Lanes64::kWidth; ++i) blocks[i] = kBlockOf[kHalves * i + h];
+    const Lanes64 block = Lanes64(static_cast<uint64_t>(first)) + load_lanes64(blocks);
     c[h][0] = block;
     c[h][1] = high(block);
-    c[h][2] = Wide(uint64_t{noise.stream});
-    c[h][3] = Wide(uint64_t{noise.call});
+    c[h][2] = Lanes64(uint64_t{noise.stream});
+    c[h][3] = Lanes64(uint64_t{noise.call});
   }
   uint32_t key0 = noise.key[0], key1 = noise.key[1];
 #pragma GCC unroll 10
   for (int round = 0; round < 10; ++round) {
-    const Wide k0(uint64_t{key0}), k1(uint64_t{key1});
+    const Lanes64 k0(uint64_t{key0}), k1(uint64_t{key1});
     for (int h = 0; h < kHalves; ++h) {
-      const Wide product0 = multiply(c[h][0], multiplier0), product1 = multiply(c[h][2], multiplier1);
+      const Lanes64 product0 = multiply(c[h][0], multiplier0), product1 = multiply(c[h][2], multiplier1);
       c[h][0] = exclusive_or(high(product1), c[h][1], k0);
       c[h][1] = product1;
       c[h][2] = exclusive_or(high(product0), c[h][3], k1);
