@@ -7,13 +7,14 @@
 
 namespace irt::plan {
 
-// One more than the largest offset that `view`, broadcast, reaches. `first`: the dimension that is the batch.
+// One more than the largest offset that `view` reaches; 1 where there is none.
 static inline int64_t reach(const irt_view* view) {
   int64_t last = 0;
   for (int d = 0; view && d < view->ndim; ++d) last += (view->sizes[d] - 1) * view->strides[d];
   return last + 1;
 }
 
+// `first`: the dimension of the view that is the batch; what is before it is the caller's to step through.
 template <class Offset>
 StepImage<Offset> step_image(const irt_view* view, const irt_view& like, int first = 0) {
   StepImage<Offset> image{};
