@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import json
 import os
 import re
 import shutil
@@ -17,6 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+
+from .once import made_once
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "add-an-op.md"
@@ -122,16 +125,19 @@ def run(command: list[str], **options: object) -> str:
 
 @pytest.fixture(scope="module")
 def copy(tmp_path_factory: pytest.TempPathFactory) -> Copy:
-    folder = tmp_path_factory.mktemp("add_an_op")
-    root = folder / "repository"
-    shutil.copytree(ROOT, root, ignore=left_out)
-    made = Copy(root, digests(root))
-    for block in blocks():
-        target = root / block.path
-        target.write_text(apply(block.text, target.read_text()) if block.language == "diff" else block.text)
-    build(made)
-    made.python("-m", "inpaintrt.testing.docs", "--write")
-    return made
+    def make(folder: Path) -> None:
+        root = folder / "repository"
+        shutil.copytree(ROOT, root, ignore=left_out)
+        made = Copy(root, digests(root))
+        for block in blocks():
+            target = root / block.path
+            target.write_text(apply(block.text, target.read_text()) if block.language == "diff" else block.text)
+        build(made)
+        made.python("-m", "inpaintrt.testing.docs", "--write")
+        (folder / "before.json").write_text(json.dumps(made.before))
+
+    folder = made_once(tmp_path_factory, "add_an_op", make)
+    return Copy(folder / "repository", json.loads((folder / "before.json").read_text()))
 
 
 def build(made: Copy) -> None:

@@ -19,6 +19,7 @@ from inpaintrt.testing.layouts import LAYOUTS
 
 from .cuda import simulation
 from .cuda.simulation import CPU, Plan, SimulatedCupy, Simulator
+from .once import simulator
 from .test_cuda_build import DTYPES, aot_entries, sparse
 
 pytestmark = pytest.mark.skipif(bool(native.missing()), reason=native.missing() or "native")
@@ -115,7 +116,7 @@ def test_wrong_calls_are_refused() -> None:
 def simulate(tmp_path_factory: pytest.TempPathFactory) -> Simulator:
     if not shutil.which("nvcc"):
         pytest.skip("nvcc not found")
-    return simulation.build(tmp_path_factory.mktemp("simulation"), "aot_gate", aot_entries())
+    return simulator(tmp_path_factory, "aot_gate", aot_entries())
 
 
 def compute(simulate: Simulator, args: Args, planner: str = PLANNERS[0], *, reverse: bool = False) -> Tensor:

@@ -34,6 +34,7 @@ from inpaintrt.testing import assert_close_to_truth
 
 from .cuda import simulation
 from .cuda.simulation import Launch, Simulator
+from .once import made_once, simulator
 
 ROOT = Path(__file__).resolve().parents[1]
 THREADS = 256
@@ -345,7 +346,7 @@ def all_entries() -> frozenset[str]:
 def simulate(tmp_path_factory: pytest.TempPathFactory) -> Simulator:
     if not shutil.which("nvcc"):
         pytest.skip("nvcc not found")
-    return simulation.build(tmp_path_factory.mktemp("simulation"), "gated_activation", gated_entries())
+    return simulator(tmp_path_factory, "gated_activation", gated_entries())
 
 
 def run(command: list[str], **options: Any) -> str:
@@ -456,13 +457,16 @@ def build(tmp_path_factory: pytest.TempPathFactory) -> Build:
     for tool in ("nvcc", "cmake"):
         if not shutil.which(tool, path=path):
             pytest.skip(f"{tool} not found")
-    folder = tmp_path_factory.mktemp("build")
     generator = ["-G", "Ninja"] if shutil.which("ninja", path=path) else []
     env = {**os.environ, "PATH": path, "INPAINTRT_CUDA_ARCHS": ";".join(map(str, ARCHS)), "INPAINTRT_CUDA": "ON"}
     options = ["-DSKBUILD_PROJECT_VERSION=0.0.0", "-DINPAINTRT_PYTHON=OFF", "-DINPAINTRT_WERROR=ON"]
-    run(["cmake", "-S", str(ROOT), "-B", str(folder), *generator, *options], env=env)
-    log = run(["cmake", "--build", str(folder), "--target", "inpaintrt_cuda"], env=env)
-    return Build(folder / "libinpaintrt_cuda.so", log)
+
+    def make(folder: Path) -> None:
+        run(["cmake", "-S", str(ROOT), "-B", str(folder), *generator, *options], env=env)
+        (folder / "log").write_text(run(["cmake", "--build", str(folder), "--target", "inpaintrt_cuda"], env=env))
+
+    folder = made_once(tmp_path_factory, "cuda_library", make)
+    return Build(folder / "libinpaintrt_cuda.so", (folder / "log").read_text())
 
 
 def test_library_holds_exactly_what_plans_name(build: Build) -> None:

@@ -23,6 +23,7 @@ from inpaintrt.testing.layouts import LAYOUTS
 
 from .cuda import simulation
 from .cuda.simulation import CPU, Plan, SimulatedCupy, Simulator
+from .once import simulator
 from .test_contextual_attention import PORTS, RUNS, _call, _case
 from .test_cuda_build import DTYPES, contextual_entries
 
@@ -188,7 +189,7 @@ def test_the_largest_calls_are_not() -> None:
 def simulate(tmp_path_factory: pytest.TempPathFactory) -> Simulator:
     if not shutil.which("nvcc"):
         pytest.skip("nvcc not found")
-    return simulation.build(tmp_path_factory.mktemp("simulation"), "contextual_attention", contextual_entries())
+    return simulator(tmp_path_factory, "contextual_attention", contextual_entries())
 
 
 def compute(simulate: Simulator, args: Args, planner: str = WHOLE, *, reverse: bool = False) -> Tensor:

@@ -220,7 +220,7 @@ def simulators(tmp_path_factory: pytest.TempPathFactory) -> Simulators:
 
     def simulator(op: str) -> Simulator:
         if op not in built:
-            built[op] = simulation.build(tmp_path_factory.mktemp("simulation"), op, convolution_entries(op))
+            built[op] = simulator(tmp_path_factory, op, convolution_entries(op))
         return built[op]
 
     return simulator

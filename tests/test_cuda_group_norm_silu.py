@@ -19,6 +19,7 @@ from inpaintrt.testing.layouts import LAYOUTS
 
 from .cuda import simulation
 from .cuda.simulation import Plan, Simulator
+from .once import simulator
 from .test_cuda_build import DTYPES, group_norm_entries, sparse
 
 pytestmark = pytest.mark.skipif(bool(native.missing()), reason=native.missing() or "native")
@@ -122,7 +123,7 @@ def test_wrong_calls_are_refused() -> None:
 def simulate(tmp_path_factory: pytest.TempPathFactory) -> Simulator:
     if not shutil.which("nvcc"):
         pytest.skip("nvcc not found")
-    return simulation.build(tmp_path_factory.mktemp("simulation"), "group_norm_silu", group_norm_entries())
+    return simulator(tmp_path_factory, "group_norm_silu", group_norm_entries())
 
 
 def compute(simulate: Simulator, args: Args, planner: str = PLANNERS[0], *, reverse: bool = False) -> Tensor:

@@ -23,6 +23,7 @@ from inpaintrt.testing.layouts import LAYOUTS
 
 from .cuda import simulation
 from .cuda.simulation import Plan, Simulator
+from .once import simulator
 from .test_cuda_build import DTYPES, sparse, step_entries
 
 pytestmark = pytest.mark.skipif(bool(native.missing()), reason=native.missing() or "native")
@@ -110,8 +111,7 @@ def test_wrong_calls_are_refused() -> None:
 def simulate(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Simulator]:
     if not shutil.which("nvcc"):
         pytest.skip("nvcc not found")
-    folder = tmp_path_factory.mktemp("simulation")
-    return {op: simulation.build(folder, op, step_entries(op)) for op in OPS}
+    return {op: simulator(tmp_path_factory, op, step_entries(op)) for op in OPS}
 
 
 def compute(simulate: dict[str, Simulator], planner: str, args: tuple[Any, ...]) -> tuple[Tensor, ...]:

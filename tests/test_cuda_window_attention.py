@@ -20,6 +20,7 @@ from inpaintrt.testing.layouts import LAYOUTS
 
 from .cuda import simulation
 from .cuda.simulation import CPU, Launch, SimulatedCupy, Simulator
+from .once import simulator
 from .test_cuda_build import DTYPES, update_entries, window_entries
 
 pytestmark = pytest.mark.skipif(bool(native.missing()), reason=native.missing() or "native")
@@ -179,14 +180,14 @@ def test_a_grid_is_counted_with_its_heads() -> None:
 def simulate(tmp_path_factory: pytest.TempPathFactory) -> Simulator:
     if not shutil.which("nvcc"):
         pytest.skip("nvcc not found")
-    return simulation.build(tmp_path_factory.mktemp("simulation"), ATTENTION, window_entries())
+    return simulator(tmp_path_factory, ATTENTION, window_entries())
 
 
 @pytest.fixture(scope="module")
 def simulate_update(tmp_path_factory: pytest.TempPathFactory) -> Simulator:
     if not shutil.which("nvcc"):
         pytest.skip("nvcc not found")
-    return simulation.build(tmp_path_factory.mktemp("simulation"), MASKS, update_entries())
+    return simulator(tmp_path_factory, MASKS, update_entries())
 
 
 def watched(like: Tensor) -> tuple[Tensor, Tensor]:
@@ -379,11 +380,11 @@ def test_cupy_launches_what_plans_say(
     monkeypatch.setattr(cupy_backend, "_stream", lambda pointer: contextlib.nullcontext())
     q, k, v = qkv(1, 8, 8, 128)  # 64 channels a head: more than 48 KB of shared memory
     mask = (noise(1, 8, 8, 1, seed=3) > 0).float()
-    for spec, simulator, args, entry in (
+    for spec, simulated, args, entry in (
         (SPEC, simulate, SPEC.bind(q, k, v, window_size=8, num_heads=2, mask=mask), "irt::window_attention<float, 64>"),
         (UPDATE, simulate_update, UPDATE.bind(mask, window_size=4, shift=1), "irt::window_mask_update<float>"),
     ):
-        cupy = SimulatedCupy(simulator)
+        cupy = SimulatedCupy(simulated)
         monkeypatch.setattr(cupy_backend, "_module", lambda name, cupy=cupy: cupy)
         (out,) = spec.out(*args)
         cupy_backend.launcher(spec.name)(args, (out.fill_(torch.nan),))
