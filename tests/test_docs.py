@@ -204,7 +204,7 @@ def test_the_readme_begins_with_the_two_commands() -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_environment_variables_exist(name: str) -> None:
     known = {PREFIX + field.upper() for field in Settings.__dataclass_fields__} | {PREFIX + field for field in EXTERNAL}
-    known |= {PREFIX + "OPS"}  # CMakeLists.txt's list, which add-an-op.md names
+    known |= {PREFIX + "OPS", PREFIX + "ISAS"}  # CMake's lists, which add-an-op.md and embedding.md name
     code = re.compile(r"^```(cpp|cmake|diff).*?^```$", re.M | re.S)  # which has macros of its own
     found = set(re.findall(rf"\b{PREFIX}[A-Z_]*[A-Z]\b", code.sub("", (ROOT / name).read_text())))
     assert found <= known
