@@ -26,6 +26,7 @@ from inpaintrt.testing.layouts import LAYOUTS
 
 from .cuda import simulation
 from .cuda.simulation import CPU, Plan, SimulatedCupy, Simulator
+from .once import simulator
 from .test_cuda_build import DTYPES, convolution_entries
 
 pytestmark = pytest.mark.skipif(bool(native.missing()), reason=native.missing() or "native")
@@ -218,12 +219,12 @@ def simulators(tmp_path_factory: pytest.TempPathFactory) -> Simulators:
         pytest.skip("nvcc not found")
     built: dict[str, Simulator] = {}
 
-    def simulator(op: str) -> Simulator:
+    def of(op: str) -> Simulator:
         if op not in built:
             built[op] = simulator(tmp_path_factory, op, convolution_entries(op))
         return built[op]
 
-    return simulator
+    return of
 
 
 def compute(
