@@ -99,7 +99,8 @@ def _parser() -> argparse.ArgumentParser:
         type=_positive,
         default=pipeline.MAX_PIXELS,
         metavar="N",
-        help="larger photos are filled in crops around their holes, which bounds memory (default: %(default)s)",
+        help="larger photos are filled in crops around their holes, which bounds memory; networks of a single size always "
+        "fill in such (default: %(default)s)",
     )
     fill.add_argument(
         "--margin",
@@ -233,7 +234,10 @@ def _threads_option(parser: argparse.ArgumentParser) -> None:
 
 def _size_option(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--size", type=_size, default=(400, 600), metavar="HxW", help="height x width (default: 400x600)"
+        "--size",
+        type=_size,
+        metavar="HxW",
+        help="height x width (default: 400x600, or the network's only one)",
     )
 
 
@@ -404,17 +408,23 @@ def _reported(args: argparse.Namespace, ask: Callable[..., Report]) -> int:
     return 0 if report.ok else 1
 
 
-def _example(model: nn.Module, size: tuple[int, int]) -> tuple[Any, ...]:
+def _example(model: nn.Module, size: tuple[int, int] | None) -> tuple[Any, ...]:
     """The demo photo at `size`, as the arguments of the model's forward."""
     from .demo import example
 
     net: Any = model
     if hasattr(net, "tiled"):  # IPT, whose forward takes patches of one size, whatever the image's
         return example(net.patch, net.patch)[:, :3] * 255, 0
-    if min(size) < net.min_size or any(side % net.size_multiple for side in size):
+    only: tuple[int, int] | None = getattr(net, "only_size", None)
+    height, width = size or only or (400, 600)
+    accepted = ""
+    if only is not None and (height, width) != only:
+        accepted = f"the network knows only {only[0]}x{only[1]}"
+    elif min(height, width) < net.min_size or height % net.size_multiple or width % net.size_multiple:
         accepted = f"both sides must be multiples of {net.size_multiple} and at least {net.min_size}"
-        raise UsageError(f"--size {size[0]}x{size[1]}: {accepted}")
-    x = example(*size)
+    if accepted:
+        raise UsageError(f"--size {height}x{width}: {accepted}")
+    x = example(height, width)
     found = net.network_input(x[:, :3], x[:, 3:])
     return found if isinstance(found, tuple) else (found,)
 

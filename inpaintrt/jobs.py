@@ -93,6 +93,10 @@ def fill_file(
         warnings.append(f"{job.target.name}: {target.name} is lossy, known pixels are only as exact as it keeps them")
     if photo.orientation != 1 and not target.exif:
         warnings.append(f"{job.target.name}: {target.name} holds no orientation; the pixels are written as displayed")
+    if (times := pipeline.reduction(model, mask.hole)) > 1:
+        warnings.append(
+            f"{job.photo.name}: a hole is larger than the network sees; it is filled {times:.1f} times coarser"
+        )
     filled = pipeline.fill(model, photo.rgb, mask.hole, max_pixels=max_pixels, margin=margin)
     images.write_photo(job.target, photo, filled, mask.hole, overwrite=overwrite)
     return Done(mask.describe(), photo.notes, warnings)

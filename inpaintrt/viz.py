@@ -27,6 +27,7 @@ from .runtime.dispatch import observers
 from .runtime.errors import InpaintRTError
 from .runtime.policy import use_backend
 from .runtime.spec import Args
+from .windows import Sizes
 
 Pixels = NDArray[np.uint8]
 Numbers = NDArray[np.float64]
@@ -180,7 +181,7 @@ def flow_of_fill(model: nn.Module, image: NDArray[Any], mask: NDArray[Any], *, w
     if not heard:
         raise InpaintRTError(f"{type(model).__name__} calls no contextual attention; DeepFill v1 and v2 do")
     height, width = mask.shape
-    sizes = pipeline.Sizes(net.size_multiple, net.min_size)
+    sizes = Sizes(net.size_multiple, net.min_size)
     below, beside = sizes.side(height) - height, sizes.side(width) - width  # the network saw the image padded
     hole = F.pad(torch.from_numpy(np.asarray(mask) != 0)[None, None], (0, int(beside), 0, int(below)))
     size = (int(height + below), int(width + beside))

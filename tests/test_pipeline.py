@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from inpaintrt import images, pipeline
+from inpaintrt import images, pipeline, windows
 from inpaintrt.runtime.errors import ImageError, InpaintRTError
 
 
@@ -220,7 +220,7 @@ def test_the_model_runs_in_its_own_dtype() -> None:
 
 # Crops of large images
 
-SIZES = pipeline.Sizes(8, 16)
+SIZES = windows.Sizes(8, 16)
 
 
 @given(data=st.data())
@@ -233,14 +233,14 @@ def test_crops_fill_each_hole_pixel_once_and_stay_within_the_limit(data: st.Data
         top, left = random.integers(0, height), random.integers(0, width)
         mask[top : top + random.integers(1, 30), left : left + random.integers(1, 30)] = True
     limit, margin = data.draw(st.sampled_from([20_000, 60_000, 10**6])), data.draw(st.integers(0, 40))
-    boxes = pipeline._components(mask)[1] if mask.any() else []
-    fits = all(SIZES.pixels(pipeline._windows(box, margin, mask.shape)) <= limit for box in boxes)
+    boxes = windows._components(mask)[1] if mask.any() else []
+    fits = all(SIZES.pixels(windows._windows(box, margin, mask.shape)) <= limit for box in boxes)
     if SIZES.pixels((0, 0, height, width)) > limit and not fits:
         with pytest.raises(ImageError, match="--max-pixels"):
-            next(pipeline.crops(mask, SIZES, limit, margin))
+            next(windows.crops(mask, SIZES, limit, margin))
         return
     times = np.zeros(mask.shape, int)
-    for window, owned in pipeline.crops(mask, SIZES, limit, margin):
+    for window, owned in windows.crops(mask, SIZES, limit, margin):
         assert SIZES.pixels(window) <= limit
         view = np.s_[window.top : window.bottom, window.left : window.right]
         assert owned.shape == mask[view].shape
@@ -255,8 +255,8 @@ def test_crops_fill_each_hole_pixel_once_and_stay_within_the_limit(data: st.Data
 
 def test_holes_far_apart_are_filled_apart_and_near_ones_together() -> None:
     mask = box(1000, 1000, (100, 100, 120, 120), (100, 900, 120, 920), (860, 860, 870, 870), (900, 900, 910, 910))
-    windows = [window for window, _ in pipeline.crops(mask, SIZES, 200_000, 64)]
-    assert len(windows) == 3
+    found = [window for window, _ in windows.crops(mask, SIZES, 200_000, 64)]
+    assert len(found) == 3
 
 
 def test_no_hole_is_cut() -> None:
@@ -272,7 +272,7 @@ def test_no_hole_is_cut() -> None:
 def test_interlocked_holes_share_no_pixel() -> None:
     # The second hole's column 600 crosses the first one's bounding box, and one crop for both would be too large.
     mask = box(1000, 1000, (32, 32, 40, 640), (32, 32, 640, 40), (330, 600, 928, 608), (920, 600, 928, 928))
-    found = list(pipeline.crops(mask, SIZES, 500_000, 8))
+    found = list(windows.crops(mask, SIZES, 500_000, 8))
     assert len(found) == 2
     times = np.zeros(mask.shape, int)
     for window, owned in found:
@@ -319,9 +319,9 @@ def test_many_specks_are_planned_quickly() -> None:
     mask = np.zeros((4000, 6000), bool)
     random = np.random.default_rng(0)
     mask[random.integers(0, 4000, 3000), random.integers(0, 6000, 3000)] = True
-    windows = [window for window, _ in pipeline.crops(mask, SIZES, pipeline.MAX_PIXELS, 256)]
-    assert len(windows) < 40
-    assert sum(SIZES.pixels(window) for window in windows) < 4 * mask.size
+    found = [window for window, _ in windows.crops(mask, SIZES, pipeline.MAX_PIXELS, 256)]
+    assert len(found) < 40
+    assert sum(SIZES.pixels(window) for window in found) < 4 * mask.size
 
 
 # A real photo
@@ -337,3 +337,93 @@ def test_a_photo_is_filled_plausibly_by_the_default_model() -> None:
     error = np.abs(result[mask.hole].astype(int) - photo.rgb[mask.hole]).mean()
     far = np.abs(photo.rgb[~mask.hole].mean(axis=0) - photo.rgb[mask.hole]).mean()
     assert error < far / 2, f"mean error {error:.1f} levels; the mean colour has {far:.1f}"
+
+
+# Networks of a single size
+
+
+class Small(Painter):
+    """Sees 64 rows and 96 columns, and paints what it is told: the mean of what it sees as known, if no colour."""
+
+    only_size = (64, 96)
+    size_multiple = min_size = 96
+
+    def inpaint(self, image: Tensor, mask: Tensor) -> Tensor:
+        assert image.shape[2:] == self.only_size
+        return super().inpaint(image, mask)
+
+
+@given(st.data())
+@settings(max_examples=60, deadline=None)
+def test_frames_fill_every_hole_pixel_once_and_hold_their_holes(data: st.DataObject) -> None:
+    height, width = data.draw(st.integers(1, 300)), data.draw(st.integers(1, 300))
+    size = (data.draw(st.sampled_from([32, 64, 100])), data.draw(st.sampled_from([32, 96])))
+    mask = np.zeros((height, width), bool)
+    for _ in range(data.draw(st.integers(0, 4))):
+        top, left = data.draw(st.integers(0, height - 1)), data.draw(st.integers(0, width - 1))
+        rows, columns = data.draw(st.integers(1, height)), data.draw(st.integers(1, width))
+        mask[top : top + rows, left : left + columns] = True
+    times = np.zeros((height, width), int)
+    for window, owned, scale in windows.frames(mask, size):
+        rows, columns = window.bottom - window.top, window.right - window.left
+        assert min(window.top, window.left) >= 0
+        assert window.bottom <= height
+        assert window.right <= width
+        assert owned.shape == (rows, columns)
+        assert scale >= 1
+        assert rows <= np.ceil(size[0] * scale)
+        assert columns <= np.ceil(size[1] * scale)
+        if scale > 1 and (rows, columns) != (height, width):  # some context on at least one side of each axis
+            filled = np.argwhere(owned)
+            extent = filled.max(0) - filled.min(0) + 1
+            assert (extent <= np.array(size) * windows._SHARE * scale + 1).all()
+        times[window.top : window.bottom, window.left : window.right] += owned
+    assert np.array_equal(times, mask)
+
+
+def test_a_network_of_one_size_fills_photos_of_any() -> None:
+    for height, width in ((20, 30), (64, 96), (64, 97), (300, 200), (200, 1)):
+        image = noise(height, width)
+        mask = box(height, width, (1, 0, 9, 12), (height // 2, width // 2, height - 3, width))
+        result = pipeline.fill(Small(), image, mask)
+        assert np.array_equal(result[~mask], image[~mask])
+        if pipeline.reduction(Small(), mask) == 1:
+            assert (result[mask] == PAINTED).all()
+        else:  # what is made larger again is blended with its surroundings
+            even = np.broadcast_to(np.array(PAINTED, np.uint8), image.shape)
+            assert (np.abs(pipeline.fill(Small(), even, mask) - even.astype(int)) <= 1).all()
+
+
+def test_holes_that_fit_are_filled_at_the_photos_resolution() -> None:
+    image, mask = noise(300, 400), box(300, 400, (10, 10, 50, 70), (200, 300, 240, 372))
+    model = Small()
+    assert pipeline.reduction(model, mask) == 1
+    pipeline.fill(model, image, mask)
+    assert len(model.calls) == 2
+    for seen, hole in model.seen:
+        patch, known = seen[0].permute(1, 2, 0).numpy(), hole[0, 0].numpy() == 0
+        places = [  # where the first row and column of what was seen lies in the photo
+            (top, left)
+            for top in range(300 - 63)
+            for left in range(400 - 95)
+            if np.array_equal(known, ~mask[top : top + 64, left : left + 96])
+            and np.allclose(patch[known], image[top : top + 64, left : left + 96][known] / np.float32(255))
+        ]
+        assert len(places) == 1
+
+
+def test_a_hole_too_large_is_seen_smaller_without_a_trace_of_what_lies_under_it() -> None:
+    image = np.full((256, 384, 3), 100, np.uint8)
+    mask = box(256, 384, (1, 1, 255, 383))
+    image[mask] = 255
+    model = Small()
+    assert pipeline.reduction(model, mask) == 4
+    assert pipeline.reduction(Painter(), mask) == 1
+    result = pipeline.fill(model, image, mask)
+    (seen, hole), *others = model.seen
+    assert not others
+    assert bool((hole[:, :, 1:-1, 1:-1] == 1).all())
+    assert bool((seen[hole.expand_as(seen) == 0] == np.float32(100 / 255)).all())
+    assert bool((seen[hole.expand_as(seen) == 1] == 0).all())
+    assert (result[~mask] == 100).all()
+    assert np.array_equal(np.unique(result[mask], axis=0), [PAINTED])

@@ -7,13 +7,16 @@ import pathlib
 import re
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from inpaintrt import models
 from inpaintrt.models.put import PUT
 from inpaintrt.models.put_codec import IMAGENET, PVQVAE
+from inpaintrt.runtime.errors import WeightsError
 from inpaintrt.testing import assert_close_to_truth, recipe
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
@@ -31,7 +34,9 @@ def codec_like(generation: str) -> PVQVAE:
 
 def model_like(generation: str, **options: Any) -> PUT:
     return PUT(
-        codec_like(generation), generation=generation, grid=GRID, **{"layers": 3, "width": 64, "heads": 4} | options
+        codec_like(generation),
+        generation=generation,
+        **{"layers": 3, "width": 64, "heads": 4, "grid": GRID} | options,
     )
 
 
@@ -157,14 +162,16 @@ def test_logits_against_the_public_ones(tag: str) -> None:
 
 # ---- sampling -------------------------------------------------------------------------------------------------------
 
-RUNS = {
+RUNS: dict[str, dict[str, tuple[Any, ...]]] = {
     "cvpr": {
         "greedy_1": (1, 1.0, 1), "greedy_20": (1, 1.0, 20), "greedy_all": (1, 1.0, 0), "top5_1": (5, 1.0, 1),
         "top5_7": (5, 1.0, 7), "top50_all": (50, 1.0, 0), "ratio_half_20_t2": (0.5, 2.0, 20),
+        "raster_top5": (5, 1.0, 1, True),
     },
     "tpami": {
         "greedy_1": (1, 1.0, 1), "greedy_20": (1, 1.0, 20), "greedy_all": (1, 1.0, 0), "top20_20": (20, 1.0, 20),
-        "top20_7": (20, 1.0, 7), "default_c": (0.8, 1.0, None),
+        "top20_7": (20, 1.0, 7), "default_c": (0.8, 1.0, None), "raster_20": (20, 1.0, 20, True),
+        "cosine_4": (20, 1.0, "cosine_4"), "linear-1_5": (20, 1.0, "linear-1_5"),
     },
 }  # fmt: skip
 
@@ -177,6 +184,17 @@ def _public_draws(tag: str, run: str) -> Any:
     return draw
 
 
+def _walk_draws(public: Any, unknown: Tensor) -> Any:
+    """The walk of the CVPR code visits each place that is unknown in any sample, and draws for all samples there."""
+    visits = unknown.any(0).long().cumsum(0) - 1
+    calls = [visits[one].tolist() for one in unknown]
+
+    def draw(step: int, samples: list[int], rows: int, classes: int) -> Tensor:
+        return torch.stack([public(calls[b][step], range(len(calls)), 1, classes)[b] for b in samples])
+
+    return draw
+
+
 @pytest.mark.parametrize(("generation", "run"), [(g, run) for g, runs in RUNS.items() for run in runs])
 @torch.no_grad()
 def test_tokens_for_the_same_draws(generation: str, run: str) -> None:
@@ -185,10 +203,13 @@ def test_tokens_for_the_same_draws(generation: str, run: str) -> None:
     assert {k: list(t.shape) for k, t in model.state_dict().items()} == {
         k: e["shape"] for k, e in case["state_dict"].items()
     }
-    tag, (top_k, temperature, each) = f"put_s{generation[0]}", RUNS[generation][run]
+    tag, (top_k, temperature, each, *raster) = f"put_s{generation[0]}", RUNS[generation][run]
     image, mask, seen = _image(tag), _mask(tensors), []
     options: dict[str, Any] = {"top_k": top_k, "temperature": temperature, "tokens_per_step": each}
+    options["raster_order"] = bool(raster)
     draws = _public_draws(tag, run)
+    if raster and generation == "cvpr":
+        draws = _walk_draws(draws, model.content_codec.known_share(mask).flatten(1) < 1)
     tokens, order = model.sample(image, mask, draws=draws, progress=lambda *at: seen.append(at), **options)
     assert torch.equal(tokens, tensors[f"token_{run}"].long())
     if f"order_{run}" in tensors:
@@ -267,3 +288,92 @@ def test_wrong_arguments_are_named(small: PUT) -> None:
         PUT(generation="x")
     with pytest.raises(ValueError, match="patch is 12"):
         PVQVAE(patch=12)
+
+
+# ---- files and photos -----------------------------------------------------------------------------------------------
+
+SQUARE = (8, 8)
+
+
+@pytest.fixture(scope="module", params=["cvpr", "tpami"])
+def file(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[PUT, pathlib.Path]:
+    """A small network of 64 × 64 pixels, and its weights as the public trainer stores them."""
+    width = {"cvpr": 64, "tpami": 128}[request.param]
+    network = recipe.fill(
+        model_like(request.param, width=width, heads={"cvpr": 8, "tpami": 2}[request.param], grid=SQUARE)
+    )
+    path = tmp_path_factory.mktemp("put") / "last.pth"
+    torch.save({"last_epoch": 3, "model": network.state_dict()}, path)
+    return network, path
+
+
+def test_weights_say_what_network_they_are_of(file: tuple[PUT, pathlib.Path]) -> None:
+    network, path = file
+    loaded = models.load("put", path, pixels="imagenet", composite=True)
+    assert (loaded.generation, loaded.grid, loaded.only_size) == (network.generation, SQUARE, (64, 64))
+    assert not loaded.training
+    image, mask = recipe.image("put_l", 1, 3, 64, 64) * 255, torch.ones(1, 1, 64, 64, dtype=torch.bool)
+    mask[:, :, 20:45, 9:50] = False
+    network.content_codec.pixels, network.content_codec.composite = IMAGENET, True
+    assert torch.equal(loaded.complete(image, mask, seeds=[5]), network.complete(image, mask, seeds=[5]))
+
+
+def test_weights_that_do_not_fit_are_named(file: tuple[PUT, pathlib.Path], tmp_path: pathlib.Path) -> None:
+    network, _ = file
+    state = dict(network.state_dict())
+    for change, message in (
+        ({"pos_emb": state["pos_emb"][:, :60]}, "pos_emb is"),  # 7 × 8 places
+        ({"to_logits.bias": None}, "'to_logits.bias' is missing"),
+        ({"content_codec.quantize.embedding": state["content_codec.quantize.embedding"][:, :7]}, "shapes do not fit"),
+        ({"emb_proj.weight": None}, "'emb_proj.weight' is missing"),
+    ):
+        torch.save({k: t for k, t in (state | change).items() if t is not None}, tmp_path / "bad.pth")
+        with pytest.raises(WeightsError, match=message):
+            models.load("put", tmp_path / "bad.pth")
+    torch.save({k: t for k, t in state.items() if not k.startswith("content_codec")}, tmp_path / "half.pth")
+    with pytest.raises(WeightsError, match="content_codec"):
+        models.load("put", tmp_path / "half.pth")
+    with pytest.raises(ValueError, match="pixels are 'bytes'"):
+        models.load("put", file[1], pixels="bytes")
+
+
+def test_inpaint_keeps_what_is_known(file: tuple[PUT, pathlib.Path]) -> None:
+    network, _ = file
+    image, hole = recipe.image("put_i", 2, 3, 64, 64), torch.zeros(2, 1, 64, 64)
+    hole[0, :, 10:30, 10:40] = 1
+    made = network.inpaint(image, hole, seed=4, tokens_per_step=3, top_k=5)
+    known = (hole == 0).expand_as(image)
+    assert torch.equal(made[known], image[known])
+    assert 0 <= float(made.min()) <= float(made.max()) <= 1
+    again = network.inpaint(torch.where(known, image, 0.5), hole, seed=4, tokens_per_step=3, top_k=5)
+    assert torch.equal(again, made), "what lies under the hole was read"
+
+
+def test_a_photo_larger_than_the_network_is_filled(file: tuple[PUT, pathlib.Path], tmp_path: pathlib.Path) -> None:
+    from PIL import Image
+
+    from inpaintrt import cli
+
+    photo = np.random.default_rng(0).integers(0, 256, (90, 130, 3), np.uint8)
+    mask = np.zeros((90, 130), np.uint8)
+    mask[30:60, 40:80] = 255
+    Image.fromarray(photo).save(tmp_path / "photo.png")
+    Image.fromarray(mask).save(tmp_path / "mask.png")
+    weights = ["--model", "put", "--weights", str(file[1])]
+    paths = [str(tmp_path / name) for name in ("photo.png", "mask.png")]
+    assert cli.main(["fill", *paths, "-o", str(tmp_path / "out.png"), *weights]) == 0
+    with Image.open(tmp_path / "out.png") as opened:
+        made = np.asarray(opened)
+    assert np.array_equal(made[mask == 0], photo[mask == 0])
+    assert (made[mask > 0] != photo[mask > 0]).any()
+
+
+@pytest.mark.parametrize("command", ["explain", "verify"])
+def test_a_network_from_a_file_is_explained_and_verified(
+    command: str, file: tuple[PUT, pathlib.Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    from inpaintrt import cli
+
+    assert cli.main([command, "--model", "put", "--weights", str(file[1])]) == 0, capsys.readouterr()
+    assert cli.main([command, "--model", "put", "--weights", str(file[1]), "--size", "96x64"]) == 2
+    assert "the network knows only 64x64" in capsys.readouterr().err

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 __all__ = ["ADAPTERS", "convolution", "deepfill", "mat", "torchscript"]
 
 _FAMILIES = (
-    "lama", "ipt", "aotgan", "glcic", "partialconv", "guided", "mat_attention", "contextual_attention", "gated", "migan",
+    "lama", "ipt", "put", "aotgan", "glcic", "partialconv", "guided", "mat_attention", "contextual_attention", "gated", "migan",
     "stylegan2", "convolution",
 )  # fmt: skip
 

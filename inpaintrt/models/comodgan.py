@@ -93,6 +93,7 @@ class CoModGAN(nn.Module):
 
     Attributes:
         size_multiple, min_size: `size`, the only one there is.
+        only_size: (size, size).
         config: the arguments that make this network.
 
     Raises: `ValueError` for values that no network can be made of.
@@ -126,6 +127,7 @@ class CoModGAN(nn.Module):
         }  # fmt: skip
         self.port, self.size = port, size
         self.size_multiple = self.min_size = size
+        self.only_size = (size, size)
         self.sizes = [4 << i for i in range(int(math.log2(size)) - 1)]
         self._names = names = PORTS[port]
         self._nvidia = names is _NVIDIA
@@ -343,7 +345,8 @@ class CoModGAN(nn.Module):
         if x.dim() != 4 or tuple(x.shape[1:]) != wanted:
             raise ValueError(
                 f"x is {tuple(x.shape)} and mask {'missing' if mask is None else 'given'}; accepted: (B, {wanted[0]}, "
-                f"{self.size}, {self.size}), the only size of this network. Resize first"
+                f"{self.size}, {self.size}), the only size of this network. Resize first, or call "
+                "inpaintrt.pipeline.fill"
             )
         if mask is None:
             return x

@@ -27,6 +27,7 @@ from . import (
     mat,
     migan,
     partialconv_unet,
+    put,
 )
 from .weights_file import ModuleNote, WeightsFile
 
@@ -43,6 +44,7 @@ NETWORKS = {
     "guided_unet": guided_unet.GuidedUNet,
     "guided_classifier": guided_classifier.GuidedClassifier,
     "ipt": ipt.IPT,
+    "put": put.PUT,
 }
 SHIPPED = {"lama_mini": ("lama", "lama_mini.safetensors")}
 _FAMILIES = {
@@ -58,6 +60,7 @@ _FAMILIES = {
     "guided_unet": guided_unet,
     "guided_classifier": guided_classifier,
     "ipt": ipt,
+    "put": put,
 }
 """Modules that know what their weights look like. Each has ANCHORS: keys below the container of layers, one of which is in
 every such file and in no other; NAMES: a pattern that fits the beginning of all keys there; PREFIX: what precedes them in

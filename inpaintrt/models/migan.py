@@ -110,6 +110,7 @@ class MIGAN(nn.Module):
 
     Attributes:
         size_multiple, min_size: `size`, the only one there is.
+        only_size: (size, size).
         config: the arguments that make this network.
 
     Raises: `ValueError` for values that no network can be made of.
@@ -126,6 +127,7 @@ class MIGAN(nn.Module):
             )
         self.config = {"size": size, "channels": channels, "most_channels": most_channels}
         self.size = self.size_multiple = self.min_size = size
+        self.only_size = (size, size)
         self.sizes = [4 << i for i in range(int(math.log2(size)) - 1)]
         width = {r: min(channels // r, most_channels) for r in self.sizes}
         self.synthesis, self.encoder = nn.Module(), nn.Module()
@@ -167,7 +169,8 @@ class MIGAN(nn.Module):
         if x.dim() != 4 or tuple(x.shape[1:]) != wanted:
             raise ValueError(
                 f"x is {tuple(x.shape)} and mask {'missing' if mask is None else 'given'}; accepted: (B, {wanted[0]}, "
-                f"{self.size}, {self.size}), the only size of this network. Resize first"
+                f"{self.size}, {self.size}), the only size of this network. Resize first, or call "
+                "inpaintrt.pipeline.fill"
             )
         if mask is not None:
             if tuple(mask.shape) != (len(x), 1, self.size, self.size):

@@ -13,14 +13,16 @@ Sources: Liu et al., "Reduce Information Loss in Transformers for Pluralistic Im
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .put_codec import PVQVAE
-from .put_sampling import Draws, check_temperature, choose, kept_classes, per_step, seeded
+from .put_codec import PVQVAE, PixelRange, codec_config
+from .put_sampling import Draws, check_temperature, choose, kept_classes, passes, seeded
 from .put_transformer import BLOCKS
 
 Progress = Callable[[int, int], None]
@@ -30,20 +32,25 @@ class PUT(nn.Module):
     """A codec and a transformer over its tokens.
 
     Args:
-        codec: the P-VQVAE, None for the generation's published one for 256 pixels.
+        codec: the P-VQVAE, or its arguments; None for the generation's published one for 256 pixels.
         generation: "cvpr" or "tpami".
         grid: rows and columns of tokens.
         layers, width, heads: of the transformer; None for those published for faces (cvpr) or all images (tpami).
         classes: tokens the transformer chooses from, None for all codes of known patches.
         activation: "GELU2" (x · σ(1.702 x)) or "GELU".
         qkv_bias: queries and values have a bias (tpami only; cvpr always has).
+        pixels, composite: of a codec that is not given as a module, as in `PVQVAE`.
+
+    Attributes:
+        only_size: rows and columns of its images.
+        size_multiple, min_size: the larger of them.
 
     Raises: `ValueError` for another generation or activation, or a width that heads do not divide.
     """
 
     def __init__(
         self,
-        codec: PVQVAE | None = None,
+        codec: PVQVAE | Mapping[str, Any] | None = None,
         *,
         generation: str = "tpami",
         grid: tuple[int, int] = (32, 32),
@@ -53,13 +60,17 @@ class PUT(nn.Module):
         classes: int | None = None,
         activation: str = "GELU2",
         qkv_bias: bool = True,
+        pixels: PixelRange | str | None = None,
+        composite: bool = False,
     ) -> None:
         super().__init__()
         if generation not in BLOCKS:
             raise ValueError(f"generation is {generation!r}; accepted: {', '.join(BLOCKS)}")
         later = generation == "tpami"
         if codec is None:
-            codec = PVQVAE(codes=9216, split=8192, decoder_blocks=2, blocks_per_scale=2) if later else PVQVAE()
+            codec = {"codes": 9216, "split": 8192, "decoder_blocks": 2, "blocks_per_scale": 2} if later else {}
+        if not isinstance(codec, PVQVAE):
+            codec = PVQVAE(**{"pixels": pixels, "composite": composite, **codec})
         layers, width, heads = (
             layers or (12 if later else 30),
             width or (768 if later else 512),
@@ -82,6 +93,8 @@ class PUT(nn.Module):
             self.layer_norm = nn.LayerNorm(width)
         self.to_logits = nn.Linear(width, classes or codec.quantize.split)
         self.generation, self.grid = generation, grid
+        self.only_size = (grid[0] * codec.patch, grid[1] * codec.patch)
+        self.size_multiple = self.min_size = max(self.only_size)
 
     # ---- the transformer --------------------------------------------------------------------------------------------
 
@@ -107,13 +120,37 @@ class PUT(nn.Module):
         """`complete` with 20 tokens a pass and the seeds seed, seed + 1, …"""
         return self.complete(image, mask, seeds=[seed + i for i in range(len(image))])
 
+    def inpaint(self, image: Tensor, mask: Tensor, *, seed: int = 0, **options: Any) -> Tensor:
+        """The image with its hole filled.
+
+        Args:
+            image: (B, 3, H, W) RGB in [0, 1], H × W `only_size`; values under the hole are ignored.
+            mask: (B, 1, H, W), **1 = hole**, 0 = known; any dtype, all that is not 0 is hole.
+            seed: of the first image; the next have the next. Each gives another fill.
+            options: of `complete`: tokens_per_step, raster_order, top_k, temperature, progress.
+
+        Returns:
+            (B, 3, H, W) in [0, 1]; known pixels as given, the hole from the network.
+
+        Raises: `ValueError`, see `sample`.
+        """
+        pixels, known = self.network_input(image, mask)
+        made = self.complete(pixels, known, seeds=[seed + i for i in range(len(image))], **options)
+        return torch.where(known, image, made / 255)
+
+    def network_input(self, image: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        """The arguments of `forward`, of those of `inpaint`."""
+        known = mask == 0
+        return torch.where(known, image * 255, 0.0), known
+
     @torch.no_grad()
     def complete(
         self,
         image: Tensor,
         mask: Tensor,
         *,
-        tokens_per_step: int | None = 20,
+        tokens_per_step: int | str | None = 20,
+        raster_order: bool = False,
         top_k: float | None = None,
         temperature: float = 1.0,
         results: int = 1,
@@ -127,7 +164,7 @@ class PUT(nn.Module):
             image: (B, 3, H, W), 0 to 255, H × W the size of the network's grid of patches.
             mask: (B, 1, H, W), **1 = known**, 0 = hole. A patch with a hole in it is chosen anew. Images without holes
                 may be among others; images without a known patch are made up.
-            tokens_per_step, top_k, temperature, seeds, draws, progress: as in `sample`.
+            tokens_per_step, raster_order, top_k, temperature, seeds, draws, progress: as in `sample`.
             results: how many results of each image; their batch is the images' times this, results of one image side by
                 side.
 
@@ -140,8 +177,8 @@ class PUT(nn.Module):
             raise ValueError(f"results is {results}; accepted: 1 or more")
         image, mask = image.repeat_interleave(results, 0), mask.repeat_interleave(results, 0)
         tokens, _ = self.sample(
-            image, mask, tokens_per_step=tokens_per_step, top_k=top_k, temperature=temperature, seeds=seeds, draws=draws,
-            progress=progress,
+            image, mask, tokens_per_step=tokens_per_step, raster_order=raster_order, top_k=top_k,
+            temperature=temperature, seeds=seeds, draws=draws, progress=progress,
         )  # fmt: skip
         return self.content_codec.decode(tokens, image * mask.to(image.dtype), mask)
 
@@ -151,18 +188,21 @@ class PUT(nn.Module):
         image: Tensor,
         mask: Tensor,
         *,
-        tokens_per_step: int | None = 20,
+        tokens_per_step: int | str | None = 20,
+        raster_order: bool = False,
         top_k: float | None = None,
         temperature: float = 1.0,
         seeds: Sequence[int] | None = None,
         draws: Draws | None = None,
         progress: Progress | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Tokens of images: a known patch's own, the others chosen, in each pass those with the largest logits.
+        """Tokens of images: a known patch's own, the others chosen, in each pass those with the largest logits first.
 
         Args:
             image, mask: as in `complete`.
-            tokens_per_step: chosen per pass of the transformer; 0: all in one; None: the published default, length/500.
+            tokens_per_step: chosen per pass of the transformer; 0: all in one; None: the published default, length/500; or
+                how many passes with which profile, such as "cosine_8" (`put_sampling.passes`).
+            raster_order: choose row by row, in place of those with the largest logits first.
             top_k: classes to choose from: a number, or, from 0 to 1, the share of classes left out (1 keeps one). None: the
                 published 50 (cvpr) or 200 (tpami), or all where there are fewer.
             temperature: factor on logits (more is greedier).
@@ -192,45 +232,48 @@ class PUT(nn.Module):
         known = known.flatten(1)
         order = torch.zeros_like(tokens)
         left: list[int] = (~known).sum(1).tolist()  # the one look at the masks
-        each, most = per_step(tokens_per_step, length), max(left, default=0)
-        steps = [min(each, most - done) for done in range(0, most, each)]
+        steps, each = passes(tokens_per_step, max(left, default=0), length)
         by_position = False
         if draws is None:
             if seeds is None:
                 seeds = torch.randint(2**62, (len(image),)).tolist()
             draws = seeded(seeds, each, image.device)
         else:
-            by_position = self.generation == "tpami" or each == length
+            by_position = self.generation == "tpami" or len(steps) == 1
         for step, many in enumerate(steps):
-            active = [b for b, n in enumerate(left) if n > 0]
+            active = [b for b, n in enumerate(left) if n > 0] if many else []
+            if not active:
+                if progress is not None:
+                    progress(step + 1, len(steps))
+                continue
             rest = max(left[b] for b in active)
             batch = torch.tensor(active, device=x.device) if len(active) < len(left) else slice(None)
             open_ = ~known[batch]
-            rows = open_.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[
-                :, :rest
-            ]  # unknown ones come first
+            first = open_.to(torch.uint8).argsort(dim=1, descending=True, stable=True)  # unknown ones come first
+            rows = first[:, : many if raster_order else rest]
             logits = self.logits(x[batch], rows).float()
             score = logits.amax(-1).masked_fill(~open_.gather(1, rows), -torch.inf)
-            best, rank = score.topk(many, dim=1)
-            place = rows.gather(1, rank)
+            if not raster_order:
+                score, rank = score.topk(many, dim=1)
+                rows, logits = rows.gather(1, rank), logits.gather(1, rank.unsqueeze(-1).expand(-1, -1, classes))
             drawn = draws(step, active, length if by_position else many, classes)
             if by_position:
-                drawn = drawn.gather(1, place.unsqueeze(-1).expand(-1, -1, classes))
-            picked = choose(logits.gather(1, rank.unsqueeze(-1).expand(-1, -1, classes)), keep, temperature, drawn)
-            new = best > -torch.inf  # a sample with less than `many` left has known tokens among its best
+                drawn = drawn.gather(1, rows.unsqueeze(-1).expand(-1, -1, classes))
+            picked = choose(logits, keep, temperature, drawn)
+            new = score > -torch.inf  # a sample with less than `many` left has known tokens among its best
             number = torch.arange(len(image), device=x.device)[batch].unsqueeze(1)
-            embedded = F.embedding(picked, table) + self.pos_emb[0, place]
-            x[number, place] = torch.where(new.unsqueeze(-1), embedded, x[number, place])
-            tokens[number, place] = torch.where(new, picked, tokens[number, place])
-            order[number, place] = torch.where(new, step + 1, order[number, place])
-            known[number, place] = True
+            embedded = F.embedding(picked, table) + self.pos_emb[0, rows]
+            x[number, rows] = torch.where(new.unsqueeze(-1), embedded, x[number, rows])
+            tokens[number, rows] = torch.where(new, picked, tokens[number, rows])
+            order[number, rows] = torch.where(new, step + 1, order[number, rows])
+            known[number, rows] = True
             left = [n - many for n in left]
             if progress is not None:
                 progress(step + 1, len(steps))
         return tokens.unflatten(1, self.grid), order.unflatten(1, self.grid)
 
     def _check(self, image: Tensor, mask: Tensor, seeds: Sequence[int] | None, draws: Draws | None) -> None:
-        size = tuple(n * self.content_codec.patch for n in self.grid)
+        size = self.only_size
         if image.dim() != 4 or image.shape[1] != 3 or tuple(image.shape[2:]) != size or not image.is_floating_point():
             raise ValueError(
                 f"image is {tuple(image.shape)} {image.dtype}; accepted: (B, 3, {size[0]}, {size[1]}), floating"
@@ -244,3 +287,45 @@ class PUT(nn.Module):
                 f"seeds are {len(seeds)}{' together with draws' if draws else ''}; accepted: {len(image)}, one for each "
                 "sample, and no draws"
             )
+
+
+# ---- what weights say about their network ---------------------------------------------------------------------------
+
+ANCHORS = ("content_codec.quantize.embedding",)
+NAMES = r"(pos_emb|mask_emb|(content_codec|emb_proj|blocks|norm|layer_norm|to_logits)\.)"
+PREFIX = ""
+FOREIGN = ((r"(^|\.)mlp\.conv1\.weight$", "a PUT with convolutions between its attentions"),)
+
+
+def config_from_state_dict(state: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Constructor arguments of `PUT`, read off the keys and shapes of a state dict.
+
+    Shapes say neither the number of heads (taken: 8 of the first generation, of the second one for 64 channels; give
+    `heads=`), nor rows and columns of tokens (taken: as many of both; give `grid=`), nor the range of pixels (taken: -1 to 1;
+    give `pixels="imagenet"` for the ImageNet files of the second generation), nor whether decoding keeps the known pixels
+    (`composite=True`: the files for faces of the second generation).
+
+    Raises: `KeyError` with the key that such a network has and this state dict lacks.
+    """
+    later = "blocks.0.attn.qkv.weight" in state
+    width, layers = state["emb_proj.weight"].shape[0], 0
+    while f"blocks.{layers}.attn.proj.weight" in state:
+        layers += 1
+    if not layers:
+        raise KeyError("blocks.0.attn.proj.weight")
+    classes, length = state["to_logits.weight"].shape[0], state["pos_emb"].shape[1]
+    return {
+        "codec": codec_config(state, "content_codec.") | {"split": classes},
+        "generation": "tpami" if later else "cvpr",
+        "grid": (math.isqrt(length), length // max(1, math.isqrt(length))),
+        "layers": layers,
+        "width": width,
+        "heads": max(1, width // 64) if later else 8,
+        "classes": classes,
+        "qkv_bias": not later or "blocks.0.attn.q_bias" in state,
+    }
+
+
+def config_from_modules(notes: Mapping[str, Any]) -> dict[str, Any]:
+    """Nothing: the public files hold tensors only."""
+    return {}

@@ -11,9 +11,10 @@ Pluralistic Image Completion with Reduced Information Loss", TPAMI 2024.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -213,10 +214,10 @@ class PVQVAE(nn.Module):
         decoder_channels, decoder_blocks: at the tokens' scale.
         blocks_per_scale: 0: transposed convolutions without blocks between them (CVPR 2022); n: nearest neighbours and n
             blocks after each change of size, in both branches (TPAMI 2024).
-        pixels: what pixels are normalised to.
+        pixels: what pixels are normalised to: None for -1 to 1, "imagenet", or another range.
         composite: keep the known pixels in the decoded image.
 
-    Raises: `ValueError` for another patch.
+    Raises: `ValueError` for another patch, or another name of a range.
     """
 
     def __init__(
@@ -232,12 +233,16 @@ class PVQVAE(nn.Module):
         decoder_channels: int = 256,
         decoder_blocks: int = 8,
         blocks_per_scale: int = 0,
-        pixels: PixelRange | None = None,
+        pixels: PixelRange | str | None = None,
         composite: bool = False,
     ) -> None:
         super().__init__()
         if patch not in (8, 16):
             raise ValueError(f"patch is {patch}; accepted: 8, 16")
+        if isinstance(pixels, str):
+            if pixels != "imagenet":
+                raise ValueError(f"pixels are {pixels!r}; accepted: 'imagenet', a PixelRange, None")
+            pixels = IMAGENET
         self.encoder = PatchEncoder(channels, outputs, blocks, patch)
         self.decoder = Decoder(width, decoder_channels, decoder_blocks, patch, blocks_per_scale)
         self.quantize = Quantiser(codes, width, split)
@@ -267,3 +272,41 @@ class PVQVAE(nn.Module):
         matrix = self.post_quant_conv.weight[:, :, 0, 0]
         table = F.linear(self.quantize.embedding, matrix, self.post_quant_conv.bias)
         return F.embedding(tokens, table).permute(0, 3, 1, 2)
+
+
+def codec_config(state: Mapping[str, Tensor], prefix: str = "") -> dict[str, Any]:
+    """Arguments of `PVQVAE` but `split`, `pixels` and `composite`, read off the keys and shapes of a state dict.
+
+    Raises: `KeyError` with the key that a codec has and this state dict lacks.
+    """
+
+    def shape(name: str) -> torch.Size:
+        return state[prefix + name].shape
+
+    def count(pattern: str) -> int:
+        found = 0
+        while prefix + pattern.format(found) in state:
+            found += 1
+        return found
+
+    codes, width = shape("quantize.embedding")
+    channels, inputs = shape("encoder.pre_layers.0.weight")
+    return {
+        "codes": codes,
+        "width": width,
+        "patch": math.isqrt(inputs // 3),
+        "channels": channels,
+        "outputs": shape("encoder.post_layers.1.weight")[0],
+        "blocks": count("encoder.res_layers.{}.layers.1.weight"),
+        "decoder_channels": shape("decoder.pre_layers.0.weight")[0],
+        "decoder_blocks": count("decoder.res_layers.{}.conv.1.weight"),
+        "blocks_per_scale": _blocks_per_scale(state, prefix),
+    }
+
+
+def _blocks_per_scale(state: Mapping[str, Tensor], prefix: str) -> int:
+    """How many residual blocks follow the first layer that doubles the size."""
+    found = 0
+    while f"{prefix}decoder.up_layers.{found + 1}.conv.1.weight" in state:
+        found += 1
+    return found

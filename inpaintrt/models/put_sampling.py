@@ -22,20 +22,56 @@ def kept_classes(top_k: float, classes: int) -> int:
     return max(int((1 - top_k) * classes), 1) if top_k <= 1 else int(top_k)
 
 
-def per_step(tokens_per_step: int | None, length: int) -> int:
-    """How many tokens each pass chooses (the last one what is left).
+def passes(tokens_per_step: int | str | None, unknown: int, length: int) -> tuple[list[int], int]:
+    """How many tokens each pass chooses; and the most that one may, which for a number is not a matter of `unknown`.
 
     Args:
-        tokens_per_step: a number; 0 or less for all in one pass; None for length/500, at least one.
+        tokens_per_step: a number (the last pass chooses what is left); 0 or less for all in one pass; None for length/500,
+            at least one; or a profile and a number of passes: "cosine_8" (many first, by 1 + cos(π i/8)), "linear_8" (by
+            8, 7, …), "cosine-1_8" and "linear-1_8" (the same, few first), "average_8".
+        unknown: tokens to choose.
         length: tokens of an image.
 
     Raises: `ValueError` for anything else.
     """
+    if isinstance(tokens_per_step, str):
+        name, _, number = tokens_per_step.partition("_")
+        if name not in _PROFILES or not number.isdecimal() or not int(number):
+            raise ValueError(_wrong(tokens_per_step))
+        counts = _spread(_PROFILES[name], int(number), unknown)[:: -1 if name.endswith("-1") else 1] if unknown else []
+        return counts, max(counts, default=0)
     if tokens_per_step is None:
-        return max(1, length // 500)
-    if not isinstance(tokens_per_step, int):
-        raise ValueError(f"tokens_per_step is {tokens_per_step!r}; accepted: a number, or None")
-    return min(tokens_per_step, length) if tokens_per_step > 0 else length
+        tokens_per_step = max(1, length // 500)
+    if not isinstance(tokens_per_step, int) or isinstance(tokens_per_step, bool):
+        raise ValueError(_wrong(tokens_per_step))
+    each = min(tokens_per_step, length) if tokens_per_step > 0 else length
+    return [min(each, unknown - done) for done in range(0, unknown, each)], each
+
+
+_PROFILES: dict[str, Callable[[int, int], float]] = {
+    "cosine": lambda i, n: math.cos(math.pi * i / n) + 1,
+    "linear": lambda i, n: n - i,
+    "average": lambda i, n: 1,
+}
+_PROFILES |= {f"{name}-1": _PROFILES[name] for name in ("cosine", "linear")}
+
+
+def _spread(profile: Callable[[int, int], float], number: int, unknown: int) -> list[int]:
+    """`unknown` tokens over `number` passes by a profile: rounded, and what is missing then in turns, from the second on."""
+    shares = [profile(i, number) for i in range(number)]
+    factor = unknown / sum(shares)
+    counts = [round(share * factor) for share in shares]
+    at = 0
+    while (over := sum(counts) - unknown) != 0:
+        at = (at + 1) % number
+        if over < 0 or counts[at]:  # none falls below 0
+            counts[at] += 1 if over < 0 else -1
+    return counts
+
+
+def _wrong(tokens_per_step: object) -> str:
+    names = ", ".join(f"{name}_K" for name in _PROFILES)
+    return f"tokens_per_step is {tokens_per_step!r}; accepted: a number, {names} with a number K of passes, or None"
 
 
 def seeded(seeds: Sequence[int], each: int, device: torch.device) -> Draws:

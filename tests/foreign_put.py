@@ -1,0 +1,69 @@
+"""Attention as PUT's public modules have it, under other class names, with switches that their structure does not show."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+
+class Separate(nn.Module):
+    """A matrix each for queries, keys and values; (B, L, C)."""
+
+    def __init__(self, width=24, heads=3, *, mode="plain", returns="both"):
+        super().__init__()
+        self.key, self.query, self.value, self.proj = (nn.Linear(width, width) for _ in range(4))
+        self.attn_drop, self.resid_drop = nn.Dropout(0.1), nn.Dropout(0.1)
+        self.n_head, self.mode, self.returns = heads, mode, returns
+
+    def forward(self, x, mask=None):
+        b, length, width = x.shape
+        q, k, v = (f(x).view(b, length, self.n_head, -1).transpose(1, 2) for f in (self.query, self.key, self.value))
+        scores = q @ k.mT * (width if self.mode == "scaled" else width // self.n_head) ** -0.5
+        if self.mode == "causal":
+            scores = scores.masked_fill(torch.ones(length, length).tril() == 0, -torch.inf)
+        if mask is not None:
+            scores = scores.masked_fill(~mask.view(b, 1, 1, length), -torch.inf)
+        weights = self.attn_drop(scores.softmax(-1))
+        y = (weights @ v).transpose(1, 2).reshape(b, length, width)
+        y = self.resid_drop(self.proj(y))
+        return y if self.returns == "one" else (y, weights.mean(1))
+
+
+class Joint(nn.Module):
+    """One matrix for queries, keys and values, without a bias of keys; (B, H, W, C)."""
+
+    def __init__(self, width=24, heads=3, *, bias=True, window_size=None):
+        super().__init__()
+        self.qkv, self.proj = nn.Linear(width, 3 * width, bias=False), nn.Linear(width, width)
+        self.q_bias = nn.Parameter(torch.zeros(width)) if bias else None
+        self.v_bias = nn.Parameter(torch.zeros(width)) if bias else None
+        self.attn_drop, self.proj_drop = nn.Dropout(0.0), nn.Dropout(0.0)
+        self.num_heads, self.window_size = heads, window_size
+
+    def forward(self, x, mask=None):
+        b, rows, columns, width = x.shape
+        y = x @ self.qkv.weight.mT
+        if self.q_bias is not None:
+            y = y + torch.cat((self.q_bias, torch.zeros_like(self.q_bias), self.v_bias))
+        q, k, v = y.view(b, rows * columns, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
+        scores = q @ k.mT * (width // self.num_heads) ** -0.5
+        if mask is not None:
+            scores = scores.masked_fill(~mask.view(b, 1, 1, -1), -torch.inf)
+        weights = scores.softmax(-1)
+        y = (weights @ v).transpose(1, 2).reshape(x.shape)
+        return self.proj(y), weights.mean(1).view(b, rows, columns, rows, columns)
+
+
+class Model(nn.Module):
+    """Some layers of it, as PUT's blocks call them."""
+
+    def __init__(self, kind=Separate, layers=2, width=24, **options):
+        super().__init__()
+        self.layers = nn.ModuleList(kind(width, **options) for _ in range(layers))
+        self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(layers))
+
+    def forward(self, x, mask=None):
+        for norm, layer in zip(self.norms, self.layers, strict=True):
+            y, weights = layer(norm(x), mask=mask)
+            x = x + y
+        return x, weights

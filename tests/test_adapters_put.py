@@ -1,0 +1,114 @@
+"""PUT's attention in its fused form: copies of other people's modules."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import inpaintrt as irt
+from inpaintrt.adapters.deferred import Deferred
+from inpaintrt.runtime.swap import record_of
+from inpaintrt.testing import assert_close_to_truth, recipe
+
+from . import foreign_put
+
+KINDS: dict[str, dict[str, Any]] = {
+    "separate": {},
+    "joint": {"kind": foreign_put.Joint},
+    "joint without biases": {"kind": foreign_put.Joint, "bias": False},
+}
+
+
+def _model(kind: str = "separate", **options: Any) -> Any:
+    return recipe.fill(foreign_put.Model(**KINDS[kind] | options)).eval()
+
+
+def _tokens(kind: str, count: int = 2) -> Tensor:
+    shape = (count, 35, 24) if kind == "separate" else (count, 5, 7, 24)
+    return recipe.image("tokens", *shape) * 4 - 2
+
+
+def _reasons(model: Any, *example: Any) -> list[Any]:
+    return [row["why not"] for row in irt.explain(model, *example).rows if row["adapter"] == "put.attention"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@torch.no_grad()
+def test_a_copy_computes_the_same(kind: str) -> None:
+    model, x = _model(kind), _tokens(kind)
+    truth, base = copy.deepcopy(model).double()(x.double()), model(x)
+    irt.accelerate(model)
+    assert [record_of(layer).adapter.name for layer in model.layers] == ["put.attention"] * 2
+    out, weights = model(x)
+    assert_close_to_truth(out, truth[0], base[0])
+    assert isinstance(weights, Deferred)
+    assert weights.shape == base[1].shape
+    assert weights.stride() == base[1].stride()
+    kept = model.layers[1].proj.weight.clone()
+    for p in model.parameters():
+        p.zero_()  # the average belongs to the call that returned it, whatever comes after
+    assert_close_to_truth(weights + 0, truth[1], base[1])
+    model.layers[1].proj.weight.copy_(kept)
+    assert torch.equal(pickle.loads(pickle.dumps(weights)), weights + 0)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@torch.no_grad()
+def test_verified_restored_and_in_bf16(kind: str) -> None:
+    model, x = _model(kind), _tokens(kind)
+    base = model(x)[0]
+    irt.accelerate(model)
+    assert irt.verify(model, x).ok
+    assert len(_reasons(model, x)) == 2
+    assert not any(_reasons(model, x))
+    low = irt.accelerate(model, precision="bf16")(x)
+    assert low[0].dtype == torch.float32
+    assert (low[0] - base).square().mean().sqrt() < 0.05 * base.std()
+    assert torch.equal(irt.restore(model)(x)[0], base)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"mode": "causal"}, "of another kind"),
+        ({"mode": "scaled"}, "of another kind"),
+        ({"returns": "one"}, "does not return its output and averaged weights"),
+    ],
+)
+def test_look_alikes_are_refused(options: dict[str, Any], message: str) -> None:
+    layer = recipe.fill(foreign_put.Separate(**options)).eval()
+    irt.accelerate(layer)
+    assert record_of(layer) is None
+    assert message in _reasons(layer)[0]
+
+
+def test_windows_are_refused() -> None:
+    layer = recipe.fill(foreign_put.Joint(window_size=(4, 4))).eval()
+    irt.accelerate(layer)
+    assert record_of(layer) is None
+    assert "in windows" in _reasons(layer)[0]
+
+
+@torch.no_grad()
+def test_calls_that_the_original_takes() -> None:
+    model, x = _model(), _tokens("separate")
+    mask = torch.ones(2, 35, dtype=torch.bool)
+    mask[:, ::3] = False
+    masked, plain = model(x, mask), model(x)
+    irt.accelerate(model)
+    for got, expected in zip(model(x, mask), masked, strict=True):
+        assert torch.equal(got, expected)
+    assert all("mask of tokens" in why for why in _reasons(model, x, mask))
+    with torch.enable_grad():
+        out, weights = model(x)
+        assert torch.equal(out, plain[0])
+        weights.sum().backward()
+    assert model.layers[1].key.weight.grad is not None
+    model.layers[0].mode = "causal"  # changed after it was accelerated
+    assert "of another kind" in _reasons(model, x)[0]
+    assert not torch.allclose(model(x)[0], plain[0], atol=1e-3)
