@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 __all__ = ["ADAPTERS", "convolution", "deepfill", "mat", "torchscript"]
 
 _FAMILIES = (
-    "lama", "ipt", "put", "aotgan", "glcic", "partialconv", "guided", "mat_attention", "contextual_attention", "gated", "migan",
-    "stylegan2", "convolution",
+    "lama", "ipt", "put", "aotgan", "glcic", "partialconv", "guided", "diffusers_blocks", "mat_attention",
+    "contextual_attention", "gated", "migan", "stylegan2", "convolution",
 )  # fmt: skip
 
 

@@ -111,11 +111,11 @@ def residual_of(module: Any) -> Residual | None:
     norm1, conv1, linear, norm2, conv2 = before[0], before[-1], emb[-1], after[0], after[-1]
     if not (isinstance(norm1, nn.GroupNorm) and isinstance(norm2, nn.GroupNorm) and isinstance(linear, nn.Linear)):
         return None
-    if not (_is_conv2d(conv1) and _is_conv2d(conv2)):
+    if not (is_conv2d(conv1) and is_conv2d(conv2)):
         return None
     if isinstance(skip, nn.Identity):
         skip = None
-    elif not _is_conv2d(skip):
+    elif not is_conv2d(skip):
         return None
     width, outputs = conv1.in_channels, conv2.out_channels
     fits = (
@@ -150,12 +150,12 @@ def resize_of(module: Any, channels: int) -> Resize | None:
     if len(convs) > 1 or any(True for _ in module.parameters(recurse=False)):
         return None
     conv = convs[0] if convs else None
-    if conv is not None and (not _is_conv2d(conv) or conv.in_channels != channels):
+    if conv is not None and (not is_conv2d(conv) or conv.in_channels != channels):
         return None
     return Resize(module, conv, channels)
 
 
-def _is_conv2d(conv: Any) -> bool:
+def is_conv2d(conv: Any) -> bool:
     """A convolution as all in these networks are: zeros around it, or nothing."""
     if not isinstance(conv, nn.Conv2d):
         return False
@@ -175,13 +175,13 @@ def normed(norm: Any, x: Parts, **modulation: Any) -> Tensor:
     return ops.group_norm_silu(x, norm.num_groups, norm.weight, norm.bias, eps=norm.eps, **modulation)
 
 
-def residual(block: Residual, way: str, x: Parts, modulation: Tensor) -> Tensor:
+def residual(block: Residual, way: str, x: Parts, modulation: Tensor | None) -> Tensor:
     """The block's result.
 
     Args:
         way: "up", "down" or "": what the block does with the size.
         x: one image, or two that are read side by side.
-        modulation: what the block's linear layer makes of the embedding.
+        modulation: what the block's linear layer makes of the embedding; None for a block that takes none.
     """
     h = normed(block.norm1, x)
     if way:
@@ -189,7 +189,9 @@ def residual(block: Residual, way: str, x: Parts, modulation: Tensor) -> Tensor:
     if way == "down":
         h, x = F.avg_pool2d(h, 2), F.avg_pool2d(x, 2)  # type: ignore[arg-type]
     h = convolved(block.conv1, h, block.conv1.weight, block.conv1.bias, upsample=2 if way == "up" else 1)
-    if block.scales:
+    if modulation is None:
+        h = normed(block.norm2, h)
+    elif block.scales:
         scale, shift = modulation.chunk(2, dim=1)
         h = normed(block.norm2, h, scale=scale, shift=shift)
     else:
@@ -307,11 +309,11 @@ def way_of(block: Residual | Resize) -> str:
     Blocks that differ in widths alone are tried once: plain attributes that are one of their widths go by its name.
     """
     if isinstance(block, Resize):
-        kind = None if block.conv is None else (type(block.conv), _geometry(block.conv), block.conv.bias is None)
+        kind = None if block.conv is None else (type(block.conv), geometry(block.conv), block.conv.bias is None)
         return _resizes.of(block.module, (_settings(block.module, {block.channels: "channels"}), kind))
     width, outputs = block.widths
     names = {outputs: "outputs", width: "width"} | {block.linear.in_features: "embedding"}
-    convs = [(type(c), _geometry(c), c.bias is None) for c in (block.conv1, block.conv2, block.skip) if c is not None]
+    convs = [(type(c), geometry(c), c.bias is None) for c in (block.conv1, block.conv2, block.skip) if c is not None]
     norms = tuple((type(norm), norm.eps, norm.weight is None) for norm in (block.norm1, block.norm2))
     key = (_settings(block.module, names), tuple(convs), norms, block.scales, width == outputs)
     return _residuals.of(block.module, key)
@@ -324,7 +326,7 @@ def heads_of(block: Attention) -> tuple[int, bool] | str:
     return _attentions.of(block.module, (_settings(block.module, {}), block.widths, norm, bias))
 
 
-def _geometry(conv: Any) -> tuple[Any, ...]:
+def geometry(conv: Any) -> tuple[Any, ...]:
     return conv.kernel_size, conv.stride, conv.padding
 
 

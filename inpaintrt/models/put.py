@@ -224,11 +224,12 @@ class PUT(nn.Module):
         check_temperature(temperature)
         codec = self.content_codec
         share = codec.known_share(mask)
-        z = codec.encode(image * mask.to(image.dtype))
         known = share == 1
-        tokens = codec.quantize(z, known).flatten(1)
-        x = self.embed(z, share)
-        table = F.linear(codec.quantize.embedding[:classes], self.emb_proj.weight, self.emb_proj.bias)
+        with torch.autocast(image.device.type, enabled=False):  # the tokens of known patches are a matter of small gaps
+            z = codec.encode(image * mask.to(image.dtype))
+            tokens = codec.quantize(z, known).flatten(1)
+            x = self.embed(z, share)
+            table = F.linear(codec.quantize.embedding[:classes], self.emb_proj.weight, self.emb_proj.bias)
         known = known.flatten(1)
         order = torch.zeros_like(tokens)
         left: list[int] = (~known).sum(1).tolist()  # the one look at the masks
