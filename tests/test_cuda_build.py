@@ -46,7 +46,8 @@ ARCHS = tuple(int(a) for a in os.environ.get("INPAINTRT_CUDA_ARCHS", "90").repla
 # contextual_attention: two blocks for products, which keep 64 sums a thread; else four. Moments of planes: three, which
 # keep 16 pixels a thread; what follows them as gated_activation (lines have few blocks anyway). Convolutions: two, for 64
 # sums a thread. window_attention: blocks are of 128; four, with a bias two. window_mask_update: of 128 too, all that an SM
-# can run of them. Steps: four with offsets of 32 bits; two where they have 64, whose divisions take the room.
+# can run of them. Steps: four with offsets of 32 bits; two where they have 64, whose divisions take the room. nearest_code:
+# two, which keep 32 sums a thread.
 REGISTERS = {
     "gated_activation": {80: 32, 90: 32, 100: 32, 86: 40, 89: 40, 120: 40},
     "fourier_unit_columns": dict.fromkeys(ALL_ARCHS, 128),
@@ -65,6 +66,8 @@ REGISTERS = {
     "window_mask_update": dict.fromkeys(ALL_ARCHS, 64),
     "sampler_step": dict.fromkeys(ALL_ARCHS, 96),
     "linear_step": dict.fromkeys(ALL_ARCHS, 80),
+    "nearest_code_search": dict.fromkeys(ALL_ARCHS, 128),
+    "nearest_code_first": dict.fromkeys(ALL_ARCHS, 32),
     "conv2d_pack": dict.fromkeys(ALL_ARCHS, 64),
     "partial_conv2d_plane": dict.fromkeys(ALL_ARCHS, 64),
     "partial_conv2d_sums": dict.fromkeys(ALL_ARCHS, 64),
@@ -321,6 +324,16 @@ def step_entries(op: str) -> frozenset[str]:
     return frozenset(found)
 
 
+@functools.cache
+def code_entries() -> frozenset[str]:
+    found = set()
+    for dtype in DTYPES:
+        x, out = torch.empty(2, 3, dtype=dtype), torch.empty(2, dtype=torch.int64)
+        found |= {launch.entry for launch in simulation.plan("nearest_code", (x, x, None, None), (out,)).launches}
+    assert len(found) == len(DTYPES) + 1
+    return frozenset(found)
+
+
 # Every instance that plans of an op can name.
 ENTRIES = {
     "gated_activation": gated_entries,
@@ -330,6 +343,7 @@ ENTRIES = {
     "group_norm_silu": group_norm_entries,
     "window_attention": window_entries,
     "window_mask_update": update_entries,
+    "nearest_code": code_entries,
     **{op: functools.partial(step_entries, op) for op in ("sampler_step", "linear_step")},
     **{op: functools.partial(convolution_entries, op) for op in ("fused_conv2d", "gated_conv2d", "partial_conv2d")},
 }

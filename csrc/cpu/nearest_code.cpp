@@ -14,6 +14,7 @@
 #include "arena.h"
 #include "gemm.h"
 #include "kernel.h"
+#include "nearest_code_call.h"
 #include "parallel.h"
 #include "rows.h"
 
@@ -23,7 +24,6 @@ namespace {
 constexpr int64_t W = Vec::kWidth;
 constexpr int64_t kPackedFloats = 1 << 16;  // of codes packed at a time: 256 KB
 constexpr int64_t kMostThreads = 1 << 8;
-constexpr int64_t kMostCodes = 1 << 24;
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
 int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -55,19 +55,19 @@ bool is_known(const irt_view& known, int64_t n) {
 
 class Codes {
  public:
-  Codes(const irt_call& call)
-      : x_(*call.args[0].tensors),
-        codebook_(*call.args[1].tensors),
-        known_(call.args[3].kind == IRT_TENSOR ? call.args[3].tensors : nullptr),
+  Codes(const NearestCodeCall& call, int most_threads)
+      : x_(*call.x),
+        codebook_(*call.codebook),
+        known_(call.known),
         n_(x_.sizes[0]),
         depth_(x_.sizes[1]),
         codes_(codebook_.sizes[0]),
-        split_(known_ ? call.args[2].i : codes_),
+        split_(call.split),
         groups_(ceiling(depth_, W)),
         panel_(depth_ * kPanelColumns),
         panels_(most(1, kPackedFloats / panel_)) {
     const int64_t items = ceiling(split_, chunk()) + ceiling(codes_ - split_, chunk());
-    threads_ = static_cast<int>(most(1, least(least(call.threads, kMostThreads), items)));
+    threads_ = static_cast<int>(most(1, least(least(most_threads, kMostThreads), items)));
     tail_ = static_cast<int>(depth_ - (groups_ - 1) * W);
   }
 
@@ -233,45 +233,22 @@ class Codes {
   }
 };
 
-// (x, codebook, split, known) -> out
-void run(const irt_call& call, irt_status& status) {
-  if (call.outs[0].sizes[0] == 0) return;
-  if (!Codes::fits(*call.args[0].tensors)) return fail(status, IRT_UNSUPPORTED, "x is too large");
-  Codes codes(call);
+void run(const NearestCodeCall& call, int most_threads, irt_status& status) {
+  if (call.out->sizes[0] == 0) return;
+  if (!Codes::fits(*call.x)) return fail(status, IRT_UNSUPPORTED, "x is too large");
+  Codes codes(call, most_threads);
   const Workspace space(codes.bytes());
   if (!space.data()) return fail(status, IRT_OUT_OF_MEMORY, "no memory for the workspace");
-  codes.run(space.data(), static_cast<int64_t*>(call.outs[0].data));
+  codes.run(space.data(), static_cast<int64_t*>(call.out->data));
 }
 
-bool good(const irt_call& call) {
-  if (call.nargs != 4 || call.nouts != 1 || call.args[0].kind != IRT_TENSOR || call.args[1].kind != IRT_TENSOR) {
-    return false;
-  }
-  const irt_view &x = *call.args[0].tensors, &codebook = *call.args[1].tensors, &out = call.outs[0];
-  const irt_value &split = call.args[2], &known = call.args[3];
-  if (x.ndim != 2 || codebook.ndim != 2 || x.dtype != codebook.dtype || x.sizes[1] != codebook.sizes[1] ||
-      x.sizes[1] < 1 || codebook.sizes[0] < 1 || codebook.sizes[0] > kMostCodes || out.ndim != 1 ||
-      out.dtype != IRT_I64 || out.sizes[0] != x.sizes[0] || (out.sizes[0] > 1 && out.strides[0] != 1)) {
-    return false;
-  }
-  if (split.kind == IRT_NONE && known.kind == IRT_NONE) return true;
-  if (split.kind != IRT_INT || known.kind != IRT_TENSOR) return false;
-  const irt_view& k = *known.tensors;
-  return split.i > 0 && split.i < codebook.sizes[0] && k.ndim == 1 && k.sizes[0] == x.sizes[0] &&
-         (k.dtype == IRT_BOOL || k.dtype == x.dtype);
-}
-
-void nearest_code(const irt_call& call, irt_status& status) {
-  if (!good(call)) {
-    return fail(
-        status, IRT_BAD_ARGUMENT,
-        "expected (x (N, D), codebook (K, D), split, known (N)) with split and known both or neither, K at most "
-        "2^24, and one output, contiguous int64 (N)");
-  }
-  switch (call.args[0].tensors->dtype) {
+void nearest_code(const irt_call& given, irt_status& status) {
+  NearestCodeCall call;
+  if (!call.read(given, status)) return;
+  switch (call.x->dtype) {
     case IRT_F32:
     case IRT_BF16:
-    case IRT_F16: return run(call, status);
+    case IRT_F16: return run(call, given.threads, status);
     default: return fail(status, IRT_UNSUPPORTED, "dtype must be float32, bfloat16 or float16");
   }
 }

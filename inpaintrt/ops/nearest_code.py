@@ -98,7 +98,7 @@ SPEC = OpSpec(
     summary="the nearest entry of a codebook, or of the half that a vector's kind selects",
     reference=_reference,
     out=_out,
-    lanes={"triton": Lane(refuses=_refuses), "cpu": Lane(refuses=_refuses)},
+    lanes=dict.fromkeys(("cuda", "triton", "cupy", "cpu"), Lane(refuses=_refuses)),
     samples=_samples,
     cost=_cost,
     differentiable=False,

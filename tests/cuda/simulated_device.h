@@ -209,6 +209,9 @@ static inline float __shfl_xor_sync(unsigned, float value, int lanes) {
   simulated::warp_barrier();
   return all[threadIdx.x ^ static_cast<unsigned>(lanes)];
 }
+static inline int __shfl_xor_sync(unsigned all, int value, int lanes) {
+  return __float_as_int(__shfl_xor_sync(all, __int_as_float(value), lanes));
+}
 
 // ---- csrc/cuda/mma.cuh --------------------------------------------------------------------------------------------
 
