@@ -54,6 +54,48 @@ class Joint(nn.Module):
         return self.proj(y), weights.mean(1).view(b, rows, columns, rows, columns)
 
 
+class Act(nn.Module):
+    def __init__(self, factor):
+        super().__init__()
+        self.factor = factor
+
+    def forward(self, x):
+        return x * torch.sigmoid(self.factor * x)
+
+
+class Hidden(nn.Module):
+    def __init__(self, width, factor):
+        super().__init__()
+        self.fc1, self.act, self.fc2 = nn.Linear(width, 4 * width), Act(factor), nn.Linear(4 * width, width)
+        self.drop = nn.Dropout(0.1)
+
+    def forward(self, x):
+        return self.drop(self.fc2(self.act(self.fc1(x))))
+
+
+class Block(nn.Module):
+    """Norms, attention and a hidden layer, under the names of either publication."""
+
+    def __init__(self, kind=Separate, width=24, factor=1.702, **options):
+        super().__init__()
+        self.attn = kind(width, **options)
+        names = ("ln1", "ln2") if kind is Separate else ("norm1", "norm2")
+        for name in names:
+            self.add_module(name, nn.LayerNorm(width))
+        if kind is Separate:
+            rest = nn.Dropout(0.1)
+            self.mlp = nn.Sequential(nn.Linear(width, 4 * width), Act(factor), nn.Linear(4 * width, width), rest)
+        else:
+            self.mlp, self.drop_path = Hidden(width, factor), nn.Identity()
+        self.names = names
+
+    def forward(self, x, mask=None):
+        first, second = (self._modules[name] for name in self.names)
+        y, weights = self.attn(first(x), mask=mask)
+        x = x + y
+        return x + self.mlp(second(x)), weights
+
+
 class Model(nn.Module):
     """Some layers of it, as PUT's blocks call them."""
 

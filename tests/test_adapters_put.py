@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 import inpaintrt as irt
+from inpaintrt import models
 from inpaintrt.adapters.deferred import Deferred
 from inpaintrt.runtime.swap import record_of
 from inpaintrt.testing import assert_close_to_truth, recipe
@@ -72,12 +73,62 @@ def test_verified_restored_and_in_bf16(kind: str) -> None:
     assert torch.equal(irt.restore(model)(x)[0], base)
 
 
+@pytest.mark.parametrize("kind", [foreign_put.Separate, foreign_put.Joint])
+@torch.no_grad()
+def test_a_block_computes_the_same(kind: Any) -> None:
+    block = recipe.fill(foreign_put.Block(kind)).eval()
+    x = _tokens("separate" if kind is foreign_put.Separate else "joint")
+    truth, base = copy.deepcopy(block).double()(x.double()), block(x)
+    irt.accelerate(block)
+    assert record_of(block).adapter.name == "put.block"
+    assert record_of(block.attn) is None
+    out = block(x)
+    assert isinstance(out[1], Deferred)
+    for got, exact, expected in zip(out, truth, base, strict=True):
+        assert_close_to_truth(got + 0, exact, expected)
+    low = irt.accelerate(block, precision="bf16")(x)[0]
+    assert low.dtype == torch.float32
+    assert (low - base[0]).square().mean().sqrt() < 0.05 * base[0].std()
+    assert irt.verify(irt.accelerate(block, precision="fp32"), x).ok
+
+
+@torch.no_grad()
+def test_a_block_with_another_activation_keeps_its_attention() -> None:
+    block, x = recipe.fill(foreign_put.Block(factor=1.5)).eval(), _tokens("separate")
+    base = block(x)
+    irt.accelerate(block)
+    assert record_of(block) is None
+    assert record_of(block.attn).adapter.name == "put.attention"
+    torch.testing.assert_close(block(x)[0], base[0], rtol=1e-5, atol=1e-5)
+    whole = [row["why not"] for row in irt.explain(block, x).rows if row["adapter"] == "put.block"]
+    assert "attention or activation is of another kind" in whole[0]
+
+
+@pytest.mark.parametrize("generation", ["cvpr", "tpami"])
+def test_our_network(generation: str) -> None:
+    codec = {"codes": 24, "split": 16, "width": 8, "channels": 8, "outputs": 8, "decoder_channels": 8}
+    network = models.create("put", codec=codec, generation=generation, grid=(4, 6), layers=2, width=32, heads=2)
+    recipe.fill(network)
+    x, rows = recipe.image("tokens", 3, 24, 32) * 4 - 2, torch.tensor([[3, 20, 0], [7, 1, 2], [5, 6, 23]])
+    with torch.no_grad():
+        base, truth = network.logits(x, rows), copy.deepcopy(network).double().logits(x.double(), rows)
+    wanted = torch.autograd.grad(network.logits(x, rows).sum(), network.blocks[0].mlp.parameters())
+    irt.accelerate(network)
+    assert [record_of(block).adapter.name for block in network.blocks] == ["put.block"] * 2
+    with torch.no_grad():
+        assert_close_to_truth(network.logits(x, rows), truth, base)
+        assert network.logits(x).shape == (3, 24, 16)
+    for got, expected in zip(
+        torch.autograd.grad(network.logits(x, rows).sum(), network.blocks[0].mlp.parameters()), wanted, strict=True
+    ):
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"mode": "causal"}, "of another kind"),
         ({"mode": "scaled"}, "of another kind"),
-        ({"returns": "one"}, "does not return its output and averaged weights"),
     ],
 )
 def test_look_alikes_are_refused(options: dict[str, Any], message: str) -> None:
@@ -85,6 +136,17 @@ def test_look_alikes_are_refused(options: dict[str, Any], message: str) -> None:
     irt.accelerate(layer)
     assert record_of(layer) is None
     assert message in _reasons(layer)[0]
+
+
+@torch.no_grad()
+def test_attention_that_returns_its_output_alone() -> None:
+    layer, x = recipe.fill(foreign_put.Separate(returns="one")).eval(), _tokens("separate")
+    mask = torch.ones(2, 35, dtype=torch.bool)
+    mask[:, ::3] = False
+    truth, base, masked = copy.deepcopy(layer).double()(x.double()), layer(x), layer(x, mask)
+    irt.accelerate(layer)
+    assert_close_to_truth(layer(x), truth, base)
+    assert torch.equal(layer(x, mask), masked)
 
 
 def test_windows_are_refused() -> None:

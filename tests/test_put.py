@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+import inpaintrt as irt
 from inpaintrt import models
 from inpaintrt.models.put import PUT
 from inpaintrt.models.put_codec import IMAGENET, PVQVAE
@@ -218,6 +219,9 @@ def test_tokens_for_the_same_draws(generation: str, run: str) -> None:
     exact = model.double().content_codec.decode(tokens, (image * mask).double(), mask)
     out = model.float().complete(image, mask, draws=draws, **options)
     _agrees(case, tensors, f"out_{run}", out, exact, deep=True)
+    fused, again = irt.accelerate(model).sample(image, mask, draws=draws, **options)
+    assert torch.equal(fused, tokens)
+    assert torch.equal(again, order)
 
 
 @pytest.fixture(scope="module", params=["cvpr", "tpami"])

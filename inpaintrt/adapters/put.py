@@ -1,8 +1,11 @@
-"""PUT's attention, of both publications, without the matrices of its weights.
+"""PUT's transformer, of both publications, in fewer passes over memory.
 
-The public modules return, beside their output, the weights averaged over heads, (B, L, L), which nothing in the public code
-reads. Here they are a `Deferred`, and attention is torch's `scaled_dot_product_attention`. Everything else about a module
-is asked of itself, in a trial: whether it masks, what it scales by, how its heads lie in its channels.
+The public attention returns, beside its output, its weights averaged over heads, (B, L, L), which nothing in the public code
+reads. Here they are a `Deferred`, and attention is torch's `scaled_dot_product_attention`. The activation x · σ(1.702 x) is
+silu(1.702 x) / 1.702, whose factors the matrix products take, so that one pass over the hidden layer is left of four.
+
+What a module's structure does not say is asked of itself, in a trial: whether attention masks, what it scales by, how its heads
+lie in its channels, what it returns, whether its second argument chooses rows, what the activation is.
 """
 
 from __future__ import annotations
@@ -14,28 +17,38 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from inpaintrt.models.put_transformer import rows_of
 from inpaintrt.testing.recipe import image
 
 from .deferred import deferred
 from .trial import Twin, Verdicts, same, settings_of
 
-# ---- the fused form -------------------------------------------------------------------------------------------------
+_FACTOR = 1.702
+
+# ---- the fused forms ------------------------------------------------------------------------------------------------
 
 
-def attended(module: Any, x: Tensor) -> tuple[Tensor, Tensor]:
-    """The output, of the shape of x: (B, L, C), or (B, H, W, C) of a module with one matrix for queries, keys and values.
+def attended(module: Any, x: Tensor, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """The output, of the shape of x: (B, L, C), or (B, H, W, C); of rows (B, R) of (B, L, C) alone, if they are given.
 
     And the weights averaged over heads, (B, L, L) or (B, H, W, H, W), which are made when somebody reads them.
     """
+    tokens = x.flatten(1, -2)
+    asking = rows_of(tokens, rows)
     if _joint(module):
+        width, weight = module.proj.in_features, module.qkv.weight
         bias = None
         if module.q_bias is not None:
             bias = torch.cat((module.q_bias, torch.zeros_like(module.v_bias), module.v_bias))
-        parts = F.linear(x.flatten(1, -2), module.qkv.weight, bias).chunk(3, -1)
+        if rows is None:
+            parts = F.linear(tokens, weight, bias).chunk(3, -1)
+        else:
+            others = F.linear(tokens, weight[width:], None if bias is None else bias[width:])
+            parts = F.linear(asking, weight[:width], module.q_bias), *others.chunk(2, -1)
     else:
-        parts = module.query(x), module.key(x), module.value(x)
+        parts = module.query(asking), module.key(tokens), module.value(tokens)
     q, k, v = (t.unflatten(-1, (_heads(module), -1)).transpose(1, 2) for t in parts)
-    y = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(x.shape)
+    y = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(x.shape if rows is None else asking.shape)
 
     places = (len(x), *x.shape[1:-1], *x.shape[1:-1])
 
@@ -45,23 +58,50 @@ def attended(module: Any, x: Tensor) -> tuple[Tensor, Tensor]:
     return module.proj(y), deferred(torch.empty(places, dtype=y.dtype, device="meta"), x.device, average)
 
 
-def _joint(module: Any) -> bool:
-    return "qkv" in module._modules
+def hidden(first: Any, second: Any, x: Tensor) -> Tensor:
+    """second(h · σ(1.702 h)) of h = first(x), along the last dimension of x."""
+    rows = x.reshape(-1, x.shape[-1])
+    h = torch.addmm(first.bias, rows, first.weight.t(), beta=_FACTOR, alpha=_FACTOR)
+    h = F.silu(h, inplace=not torch.is_grad_enabled())
+    return torch.addmm(second.bias, h, second.weight.t(), alpha=1 / _FACTOR).view(x.shape)
 
 
-def _heads(module: Any) -> int:
-    heads: int = module.num_heads if _joint(module) else module.n_head
-    return heads
+def transformed(module: Any, x: Tensor, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """A block's output and its attention's averaged weights."""
+    norm1, norm2 = _norms(module)
+    y, average = attended(module.attn, norm1(x), rows)
+    y = rows_of(x, rows) + y
+    first, second = _linears(module.mlp)
+    return y + hidden(first, second, norm2(y)), average
 
 
 # ---- recognising ----------------------------------------------------------------------------------------------------
 
 
-def _why_not(module: Any) -> str | None:
-    """What keeps a module from having the fused form; None: it is no such module at all."""
+def _joint(module: Any) -> bool:
+    return "qkv" in module._modules
+
+
+def _heads(module: Any) -> int:
+    """Of an attention; 0 where it does not say."""
+    found = (getattr(module, name, None) for name in ("num_heads", "n_head", "heads"))
+    return next((n for n in found if isinstance(n, int) and not isinstance(n, bool)), 0)
+
+
+def _norms(block: Any) -> tuple[Any, Any]:
+    pairs = (("norm1", "norm2"), ("ln1", "ln2"))
+    return next((block._modules[a], block._modules[b]) for a, b in pairs if {a, b} <= block._modules.keys())
+
+
+def _linears(mlp: Any) -> tuple[Any, ...]:
+    """The linear layers of the part after the attention."""
+    return tuple(part for part in mlp.children() if isinstance(part, nn.Linear))
+
+
+def _attention(module: Any) -> str | None:
+    """What keeps a module from having the fused form of attention; empty: nothing; None: it is no such module at all."""
     names = {name for name, child in module._modules.items() if not isinstance(child, (nn.Dropout, nn.Identity))}
-    heads = getattr(module, "num_heads" if "qkv" in names else "n_head", None)
-    if names not in ({"qkv", "proj"}, {"query", "key", "value", "proj"}) or not isinstance(heads, int):
+    if names not in ({"qkv", "proj"}, {"query", "key", "value", "proj"}) or not (heads := _heads(module)):
         return None
     if any(not isinstance(module._modules[name], nn.Linear) for name in names):
         return None
@@ -79,30 +119,69 @@ def _why_not(module: Any) -> str | None:
     return "" if wide and heads > 0 and width % heads == 0 else "its matrices and heads are of other sizes"
 
 
-def _judge(module: Any) -> str:
-    """A copy with recipe weights, in float64, against the fused form."""
+def _block(module: Any) -> str | None:
+    """As `_attention`, of a block."""
+    parts = module._modules
+    normed = any(isinstance(parts.get(a), nn.LayerNorm) and isinstance(parts.get(b), nn.LayerNorm)
+                 for a, b in (("norm1", "norm2"), ("ln1", "ln2")))  # fmt: skip
+    attention, mlp = parts.get("attn"), parts.get("mlp")
+    if not normed or attention is None or mlp is None or (why_not := _attention(attention)) is None:
+        return None
+    linears = _linears(mlp)
+    if len(linears) != 2 or any(part.bias is None for part in linears):
+        return "what follows its attention is no pair of linear layers with biases"
+    return why_not
+
+
+_RETURNS = ("pair", "rows", "one")
+"""What a module returns: its output and the averaged weights; the output, of the rows that its second argument names; the
+output alone."""
+
+
+def _judged(module: Any, attention: Any, fused: Any) -> str:
+    """A copy with recipe weights, in float64, against the fused form: one of `_RETURNS`, or a sentence."""
     twin = Twin(module)
-    shape = (2, 2, 3) if _joint(module) else (2, 6)
-    width = module.qkv.in_features if _joint(module) else module.query.in_features
-    x = (image("put.attention", *shape, width) * 4 - 2).double().to(twin.device)
-    try:
-        exact = twin.run(x)
-    except Exception as error:  # somebody else's code
-        return f"its code takes no tokens alone ({type(error).__name__})"
-    if not isinstance(exact, tuple) or len(exact) != 2:
-        return "it does not return its output and averaged weights"
-    with torch.no_grad():
-        ours = attended(twin.copy(torch.float64), x)
-    if all(map(same, ours, exact)):
-        return ""
-    return "its attention is of another kind: masked, scaled or arranged otherwise"
+    copied, width = twin.copy(torch.float64), attention.proj.in_features
+    rows = torch.tensor([[4, 0, 3], [1, 5, 2]], device=twin.device)
+    why = "its code takes no tokens"
+    for shape in ((2, 6), (2, 2, 3)):
+        x = (image("put.attention", *shape, width) * 4 - 2).double().to(twin.device)
+        try:
+            exact = twin.run(x)
+        except Exception as error:  # somebody else's code
+            why = f"its code takes no tokens alone ({type(error).__name__})"
+            continue
+        with torch.no_grad():
+            ours = fused(copied, x)
+            if isinstance(exact, tuple) and len(exact) == 2 and all(map(same, ours, exact)):
+                return "pair"
+            if not same(ours[0], exact):
+                other = isinstance(exact, Tensor) or (isinstance(exact, tuple) and len(exact) == 2)
+                return (
+                    "its attention or activation is of another kind: masked, scaled or arranged otherwise"
+                    if other
+                    else "it does not return its output, or its output and averaged weights"
+                )
+            try:
+                return "rows" if len(shape) == 2 and same(fused(copied, x, rows)[0], twin.run(x, rows)) else "one"
+            except Exception:  # its second argument is something else
+                return "one"
+    return why
 
 
-_verdicts: Verdicts[None] = Verdicts(_judge)  # type: ignore[arg-type]
+_attentions: Verdicts[str] = Verdicts(lambda module: _judged(module, module, attended))
+_blocks: Verdicts[str] = Verdicts(lambda module: _judged(module, module.attn, transformed))
+
+
+def _key(module: Any, attention: Any) -> tuple[Any, ...]:
+    plain = (nn.Linear, nn.LayerNorm)
+    parts = tuple(settings_of(part) for part in module.modules() if not isinstance(part, plain))
+    norms = tuple((norm.eps, norm.weight is None) for norm in module.modules() if isinstance(norm, nn.LayerNorm))
+    return parts, norms, attention.proj.in_features, getattr(attention, "q_bias", None) is not None
 
 
 class AttentionAdapter:
-    """Attention called as (tokens) or (tokens, None) that returns its output and its weights averaged over heads."""
+    """Attention called as (tokens), (tokens, None) or, where its second argument names rows, (tokens, rows)."""
 
     name = "put.attention"
     ops: tuple[str, ...] = ()
@@ -110,45 +189,73 @@ class AttentionAdapter:
     deep = False
     named = True
 
+    def why_not(self, module: Any) -> str | None:
+        return _attention(module)
+
+    def returns(self, module: Any) -> str:
+        """One of `_RETURNS`, or why there is no fused form."""
+        return _attentions.of(module, _key(module, module))
+
+    def attention(self, module: Any) -> Any:
+        return module
+
+    def fused(self, module: Any, x: Tensor, rows: Tensor | None) -> tuple[Tensor, Tensor]:
+        return attended(module, x, rows)
+
     def match(self, module: nn.Module) -> str | None:
-        why_not = _why_not(module)
+        why_not = self.why_not(module)
         if why_not is None:
             return ""
-        return why_not or _verdict(module) or None
+        if why_not or (why_not := self.returns(module)) not in _RETURNS:
+            return why_not
+        return None
 
-    def forward(self, module: Any, x: Tensor, mask: None = None) -> tuple[Tensor, Tensor]:
-        return attended(module, x)
+    def forward(self, module: Any, x: Tensor, rows: Tensor | None = None) -> Any:
+        y, average = self.fused(module, x, rows)
+        return (y, average) if self.returns(module) == "pair" else y
 
     def refuses(self, module: Any, *args: Any) -> Iterator[str]:
-        why_not = _why_not(module)
-        if why_not is None or why_not or (why_not := _verdict(module)):
-            yield why_not or "it is no attention of PUT any more"
+        why_not = self.why_not(module)
+        returned = self.returns(module) if why_not == "" else ""
+        if returned not in _RETURNS:
+            yield why_not or returned or "it is no part of PUT any more"
             return
         x, *rest = args or (None,)
-        weight, dims = module.proj.weight, 4 if _joint(module) else 3
-        if any(part is not None for part in rest):
-            yield "a mask of tokens is given"
-        elif not isinstance(x, Tensor) or x.dim() != dims or not x.numel():
-            yield f"called with something else than tokens of {dims} dimensions"
+        attention = self.attention(module)
+        weight = attention.proj.weight
+        if not isinstance(x, Tensor) or x.dim() not in (3, 4) or not x.numel() or x.shape[-1] != weight.shape[1]:
+            yield f"called with something else than tokens of {weight.shape[1]} channels"
+        elif len(rest) > 1 or (returned != "rows" and any(part is not None for part in rest)):
+            yield "a mask of tokens, or more, is given"
         elif x.device != weight.device:
             yield f"the input is on {x.device}, the weights are on {weight.device}"
-        elif torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
+        elif returned == "pair" and (torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None):
             yield "a compiled graph cannot defer its second output"
-        elif torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in module.parameters())):
+        elif returned == "pair" and torch.is_grad_enabled() and any(t.requires_grad for t in (x, *module.parameters())):
             yield "gradients may be asked of the averaged weights (use torch.no_grad or inference_mode)"
 
     def probe_inputs(self, module: Any) -> Iterator[tuple[Any, ...]]:
-        weight = module.qkv.weight if _joint(module) else module.query.weight
-        shape = (1, 3, 4) if _joint(module) else (1, 12)
-        yield ((image("put.attention", *shape, weight.shape[1]) * 4 - 2).to(weight),)
+        """None: a copy was compared in `match`."""
+        return iter(())
 
 
-def _verdict(module: Any) -> str:
-    parts = [settings_of(child) for child in module.children() if not isinstance(child, nn.Linear)]
-    sizes = tuple(module._modules[name].weight.shape for name in ("qkv", "query") if name in module._modules)
-    biased = getattr(module, "q_bias", None) is not None
-    found = _verdicts.of(module, (settings_of(module), tuple(parts), sizes, biased))
-    return found or ""
+class BlockAdapter(AttentionAdapter):
+    """A block: norm and attention, norm and a hidden layer with the activation x · σ(1.702 x), each added."""
+
+    name = "put.block"
+    algorithm = "attention without its weights, activation in one pass with its factors in the products"
+
+    def why_not(self, module: Any) -> str | None:
+        return _block(module)
+
+    def returns(self, module: Any) -> str:
+        return _blocks.of(module, _key(module, module.attn))
+
+    def attention(self, module: Any) -> Any:
+        return module.attn
+
+    def fused(self, module: Any, x: Tensor, rows: Tensor | None) -> tuple[Tensor, Tensor]:
+        return transformed(module, x, rows)
 
 
-ADAPTERS = (AttentionAdapter(),)
+ADAPTERS = (BlockAdapter(), AttentionAdapter())
