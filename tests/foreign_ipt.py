@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import nn
+
+from inpaintrt.models.ipt_chop import chopped
 
 
 class Block(nn.Module):
@@ -61,3 +64,45 @@ class Trunk(nn.Module):
         y = (self.mlp_head(y) + y).transpose(0, 1).transpose(1, 2)
         out = F.fold(y, 12, 3, stride=3)
         return (out, y) if con else out
+
+
+class Network(nn.Module):
+    """Heads and tails around a body, for patches of 12×12 pixels."""
+
+    def __init__(self, scales=(2, 1)):
+        super().__init__()
+        self.heads = nn.ModuleList(nn.Conv2d(3, 4, 3, padding=1) for _ in scales)
+        self.body = Trunk()
+        self.tails = nn.ModuleList(
+            nn.Sequential(nn.Conv2d(4, 4 * s * s, 3, padding=1), nn.PixelShuffle(s), nn.Conv2d(4, 3, 3, padding=1))
+            for s in scales
+        )
+        self.at, self.calls = 0, 0
+
+    def set_scale(self, at):
+        self.at = at
+
+    def forward(self, x):
+        self.calls += len(x)
+        y = self.heads[self.at](x)
+        return self.tails[self.at](self.body(y, self.at) + y)
+
+
+class Wrapper(nn.Module):
+    """Images by patches; `rule` "public": the public order of work; "plain": patches side by side."""
+
+    def __init__(self, scales=(2, 1), rule="public", self_ensemble=False):
+        super().__init__()
+        self.model, self.scale, self.patch_size = Network(scales), list(scales), 12
+        self.idx_scale, self.rule, self.self_ensemble = 0, rule, self_ensemble
+
+    def forward(self, x, idx_scale):
+        self.idx_scale = idx_scale
+        self.model.set_scale(idx_scale)
+        if self.rule == "public":
+            y = chopped(self.model, x, 12, self.scale[idx_scale], 64)
+            if self.self_ensemble:
+                y = (y + chopped(self.model, x.flip(3), 12, self.scale[idx_scale], 64).flip(3)) / 2
+            return y
+        rows = [torch.cat([self.model(part) for part in row.split(12, 3)], 3) for row in x.split(12, 2)]
+        return torch.cat(rows, 2)

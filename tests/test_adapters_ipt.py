@@ -109,3 +109,51 @@ def test_our_network():
     assert record_of(network.body).adapter.name == "ipt.body"
     assert (network.tiled(x, "x2") - truth).abs().max() <= 4 * (base - truth).abs().max()
     assert irt.verify(network, x[..., :24, :24], "x2").ok
+
+
+def _wrapper(**options):
+    wrapper = recipe.fill(foreign_ipt.Wrapper(**options)).eval()
+    with torch.no_grad():
+        wrapper.model.body.query_embed.weight *= 24
+    return wrapper
+
+
+def _image_reason(model, *example):
+    return next(row["why not"] for row in irt.explain(model, *example).rows if row["adapter"] == "ipt.image")
+
+
+@pytest.mark.parametrize("at", [0, 1])
+@torch.no_grad()
+def test_a_wrapper_computes_every_patch_once(at):
+    wrapper, x = _wrapper(), recipe.image("photo", 1, 3, 20, 31)
+    truth, base = copy.deepcopy(wrapper).double()(x.double(), at), wrapper(x, at)
+    irt.accelerate(wrapper)
+    assert record_of(wrapper).adapter.name == "ipt.image"
+    assert record_of(wrapper.model.body).adapter.name == "ipt.body"
+    before = wrapper.model.calls
+    out = wrapper(x, idx_scale=at)
+    assert wrapper.model.calls - before == 4 * 8  # rows at 0, 3, 6, 8; columns at 0, 3, …, 18, 19
+    assert wrapper.idx_scale == at
+    assert (out - truth).abs().max() <= 4 * (base - truth).abs().max()
+    assert irt.verify(wrapper, x, at).ok
+    assert torch.equal(irt.restore(wrapper)(x, at), base)
+
+
+@pytest.mark.parametrize("options", [{"rule": "plain"}, {"self_ensemble": True}])
+@torch.no_grad()
+def test_other_wrappers_keep_their_rule(options):
+    wrapper, x = _wrapper(**options), recipe.image("photo", 1, 3, 24, 36)
+    base = wrapper(x, 0)
+    irt.accelerate(wrapper)
+    assert record_of(wrapper) is None
+    assert record_of(wrapper.model.body).adapter.name == "ipt.body"
+    assert "another rule" in _image_reason(wrapper, x, 0) or "cannot run" in _image_reason(wrapper, x, 0)
+    torch.testing.assert_close(wrapper(x, 0), base, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_calls_that_the_wrapper_takes_itself():
+    wrapper, x = irt.accelerate(_wrapper()), recipe.image("photo", 1, 3, 20, 31)
+    assert "place of a task" in _image_reason(wrapper, x, torch.tensor(0))
+    wrapper.self_ensemble = True  # changed after it was accelerated
+    assert "another rule" in _image_reason(wrapper, x, 0)

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 __all__ = ["ADAPTERS", "convolution", "deepfill", "mat", "torchscript"]
 
 _FAMILIES = (
-    "lama", "ipt", "put", "aotgan", "glcic", "partialconv", "guided", "diffusers_blocks", "mat_attention",
+    "lama", "ipt_image", "ipt", "put", "aotgan", "glcic", "partialconv", "guided", "diffusers_blocks", "mat_attention",
     "contextual_attention", "gated", "migan", "stylegan2", "convolution",
 )  # fmt: skip
 
