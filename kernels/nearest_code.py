@@ -135,6 +135,7 @@ def forward(args: Sequence[Any], outs: Sequence[Tensor]) -> list[Launch]:
     blocks, tiles = -(-vectors // _VECTORS), -(-codes // codes_beside)
     each = -(-tiles // max(1, min(tiles, _PROGRAMS // blocks)))  # tiles of a chunk
     chunks = -(-tiles // each)
+    wide = needs_wide(*(t for t in (x, codebook, known) if t is not None))
     least = torch.empty((chunks, vectors), dtype=torch.float32, device=x.device)
     index = torch.empty((chunks, vectors), dtype=torch.int32, device=x.device)
     search = Launch(
@@ -145,10 +146,10 @@ def forward(args: Sequence[Any], outs: Sequence[Tensor]) -> list[Launch]:
             *codebook.stride(), 0 if known is None else known.stride(0),
         ),
         {
-            "WIDE": needs_wide(*(t for t in (x, codebook, known) if t is not None)),
+            "WIDE": wide,
             "VECTORS": _VECTORS,
             "CODES": codes_beside,
-            "DEPTH": 32,
+            "DEPTH": 16 if wide else 32,  # offsets of 64 bits take the registers of half a tile
         },
         {"num_warps": 4, "num_stages": 2, "enable_fp_fusion": False},
     )  # fmt: skip
