@@ -3,7 +3,6 @@ everything compiles for GPUs is tests/test_cuda_build.py."""
 
 from __future__ import annotations
 
-import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from .cuda import simulation
 from .cuda.simulation import Plan, Simulator
 from .once import simulator
 from .test_cuda_build import DTYPES, code_entries, sparse
+from .test_nearest_code import traps
 
 pytestmark = pytest.mark.skipif(bool(native.missing()), reason=native.missing() or "native")
 
@@ -157,13 +157,7 @@ def test_simulated_halves_that_nobody_wants_are_left_out(simulate: Simulator) ->
 @pytest.mark.parametrize("codes", [1, 5, 64, 70, 700])
 def test_simulated_traps(simulate: Simulator, codes: int) -> None:
     """NaN comes first, infinities last; of equal codes the first wins."""
-    book = torch.ones(codes, 3)
-    x = torch.tensor([[math.inf, 1, 1], [-math.inf, 1, 1], [math.nan, 1, 1], [1e30, 1, 1], [0, 0, 0]])
-    cases = [book, -book]
-    for special in (math.nan, math.inf, -math.inf, 1e30):
-        for place in {0, codes // 2, codes - 1}:
-            cases.append(book.clone())
-            cases[-1][place, 1] = special
+    x, cases = traps(codes)
     known = torch.tensor([True, False, True, False, True])
     for case in cases:
         args = SPEC.bind(x, case)

@@ -58,8 +58,8 @@ def test_each_kind_searches_its_half(backend: str, dtype: torch.dtype) -> None:
     assert torch.equal(run(backend, x, codes, 50, none), 50 + run(backend, x, codes[50:]))
 
 
-@pytest.mark.parametrize("codes", [1, 5, 16, 33, 70])
-def test_nan_comes_first_and_infinities_last(backend: str, codes: int) -> None:
+def traps(codes: int) -> tuple[Tensor, list[Tensor]]:
+    """Vectors with NaN, infinities and large numbers, and codebooks with one of those at the first, a middle or the last code."""
     book = torch.ones(codes, 3)
     x = torch.tensor([[math.inf, 1, 1], [-math.inf, 1, 1], [math.nan, 1, 1], [1e30, 1, 1], [0, 0, 0]])
     cases = [book, -book]
@@ -67,6 +67,12 @@ def test_nan_comes_first_and_infinities_last(backend: str, codes: int) -> None:
         for place in {0, codes // 2, codes - 1}:
             cases.append(book.clone())
             cases[-1][place, 1] = special
+    return x, cases
+
+
+@pytest.mark.parametrize("codes", [1, 5, 16, 33, 70])
+def test_nan_comes_first_and_infinities_last(backend: str, codes: int) -> None:
+    x, cases = traps(codes)
     for case in cases:
         assert torch.equal(run(backend, x, case), SPEC.run_reference(*SPEC.bind(x, case)))
     if codes > 1:

@@ -271,6 +271,27 @@ def test_the_model_stays_in_eval_mode_and_gradients_are_not_kept(small: PUT) -> 
     assert not out.requires_grad
 
 
+def test_a_last_pass_that_is_the_first_ranks_its_draws_too() -> None:
+    """The CVPR code draws by rank as long as a pass chooses a number of tokens, however few are left."""
+    case, _ = _case("put_sample_cvpr")
+    model, asked = _filled(model_like("cvpr"), case["weights"]), []
+
+    def draws(step: int, samples: list[int], rows: int, classes: int) -> Tensor:
+        asked.append(rows)
+        return torch.ones(len(samples), rows, classes)
+
+    _, order = model.sample(_image("put_sc")[:1], _masks("hole"), tokens_per_step=50, draws=draws, top_k=5)
+    assert asked == [int((order > 0).sum())]
+
+
+def test_known_tokens_are_the_same_under_autocast(small: PUT) -> None:
+    image, mask = _image("put_sc"), _masks("hole", "whole")
+    exact, order = small.sample(image, mask, seeds=[1, 2], top_k=5)
+    with torch.autocast("cpu", torch.bfloat16):
+        tokens, _ = small.sample(image, mask, seeds=[1, 2], top_k=5)
+    assert torch.equal(tokens[order == 0], exact[order == 0])
+
+
 def test_wrong_arguments_are_named(small: PUT) -> None:
     image, mask = _image("put_sc"), _masks("hole", "whole")
     for message, options in {

@@ -240,7 +240,7 @@ class PUT(nn.Module):
                 seeds = torch.randint(2**62, (len(image),)).tolist()
             draws = seeded(seeds, each, image.device)
         else:
-            by_position = self.generation == "tpami" or len(steps) == 1
+            by_position = self.generation == "tpami" or each == length
         for step, many in enumerate(steps):
             active = [b for b, n in enumerate(left) if n > 0] if many else []
             if not active:
