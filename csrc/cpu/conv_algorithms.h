@@ -39,6 +39,14 @@ static inline int64_t tiles_along(int64_t size, int64_t dilation, int64_t output
   return tiles;
 }
 
+// The order of Winograd's algorithm (conv_winograd.cpp), for so many tiles of an image and values of each filter. It
+// makes a difference to rounding by phases, and so depends on neither the batch nor the threads.
+constexpr int64_t kTilesPerGroup = 128;
+static inline bool goes_by_filters(const Call& call, int64_t tiles, int64_t values) {
+  constexpr int64_t kFar = int64_t{1} << 22;  // floats: 16 MB
+  return tiles <= kTilesPerGroup || values * call.inputs() * Filters(call).blocks * W > kFar;
+}
+
 // An implementation has a Geometry, which knows the size of the workspace.
 template <class Implementation>
 static inline void run_as(const Call& call, irt_status& status) {

@@ -27,10 +27,15 @@ bool few_pixels(const Call& call) {
 // algorithms is right: 3×3 and 5×5 layers of 32 to 512 channels on maps of 2×2 (there it is packing and the filters'
 // transforms that one sees) to 256×256.
 
-// Transforming filters: so many vectors to as many places, which cost up to three times as much where all of them
-// together do not stay near the core.
-double transformed_filters_cost(double vectors, double each) {
-  constexpr double kNear = 1 << 21;  // floats
+// Transforming filters: so many values each, which cost up to three times as much where all of them together do not
+// stay near the core. `each`: of a vector. By filters they stay, are made for each group of tiles, and the products
+// have to fetch what other tiles would share. `tiles`: of an image.
+double transformed_filters_cost(const Call& call, int64_t tiles, int64_t values, double each) {
+  constexpr double kNear = 1 << 21, kFetched = 3;  // floats
+  const double vectors = static_cast<double>(values * call.inputs() * Filters(call).blocks);
+  if (goes_by_filters(call, tiles, values)) {
+    return (each + kFetched) * vectors * static_cast<double>(ceil_div(call.batch() * tiles, kTilesPerGroup));
+  }
   const double far = vectors * static_cast<double>(W) / kNear - 1;
   return each * vectors * (1 + (far < 0 ? 0 : far < 2 ? far : 2));
 }
@@ -38,14 +43,15 @@ constexpr double kFilter = 13, kFilterByPhases = 20;  // of a vector; by phases 
 
 template <class Form>
 double winograd_cost(const Call& call) {
-  const double points = Form::kInputs * Form::kInputs, blocks = static_cast<double>(Filters(call).blocks);
+  constexpr int64_t kValues = Form::kInputs * Form::kInputs;
+  const int64_t tiles = tiles_along(call.height(), call.dilation, Form::kOutputs) *
+                        tiles_along(call.width(), call.dilation, Form::kOutputs);
+  const double all = static_cast<double>(kValues * call.batch() * tiles),
+               blocks = static_cast<double>(Filters(call).blocks);
   const double inputs = static_cast<double>(call.inputs()), in_blocks = static_cast<double>(ceil_div(call.inputs(), W));
-  const double tiles = static_cast<double>(call.batch()) *
-                       static_cast<double>(tiles_along(call.height(), call.dilation, Form::kOutputs)) *
-                       static_cast<double>(tiles_along(call.width(), call.dilation, Form::kOutputs));
-  const double products = points * tiles * inputs * blocks, tile = Form::kOutputs > 2 ? 20 : 12;
-  return products + transformed_filters_cost(points * inputs * blocks, kFilter) +
-         tile * points * tiles * (in_blocks + blocks);
+  constexpr double kTile = Form::kOutputs > 2 ? 20 : 12;
+  return all * inputs * blocks + transformed_filters_cost(call, tiles, kValues, kFilter) +
+         kTile * all * (in_blocks + blocks);
 }
 
 template <class Form>
@@ -58,14 +64,15 @@ template <class Form>
 double phases_cost(const Call& call) {
   constexpr int64_t m = Form::kOutputs, n = Form::kInputs;
   const Tiling y(call, 0, true), x(call, 1, true);
-  const auto both = [&](auto of) { return static_cast<double>(of(y) * of(x)); };
-  const double points = both([](const Tiling& t) { return t.points(0, n) + t.points(t.phases() - 1, n); });
-  const double values = both([](const Tiling& t) { return t.values(0, n) + t.values(t.phases() - 1, n); });
+  const auto both = [&](auto of) { return of(y) * of(x); };
+  const int64_t all_points = both([](const Tiling& t) { return t.points(0, n) + t.points(t.phases() - 1, n); });
+  const int64_t values = both([](const Tiling& t) { return t.values(0, n) + t.values(t.phases() - 1, n); });
+  const int64_t image_tiles = both([](const Tiling& t) { return ceil_div(t.size, m); });
+  const double points = static_cast<double>(all_points), tiles = static_cast<double>(call.batch() * image_tiles);
   const double in = y.inputs > 1 ? points : n * n, out = y.inputs > 1 ? n * n : points;
-  const double tiles = static_cast<double>(call.batch()) * both([](const Tiling& t) { return ceil_div(t.size, m); });
   const double inputs = static_cast<double>(call.inputs()), in_blocks = static_cast<double>(ceil_div(call.inputs(), W));
   const double blocks = static_cast<double>(Filters(call).blocks);
-  return points * tiles * inputs * blocks + transformed_filters_cost(values * inputs * blocks, kFilterByPhases) +
+  return points * tiles * inputs * blocks + transformed_filters_cost(call, image_tiles, values, kFilterByPhases) +
          12 * tiles * (in * in_blocks + out * blocks);
 }
 
@@ -88,6 +95,7 @@ double cost_of_direct(const Call& call, double packed) {
   if (call.transposed) taps /= static_cast<double>(call.stride * call.stride);
   if (phased(call)) {
     taps = static_cast<double>((call.kernel_height() / 2 + 1) * (call.kernel_width() / 2 + 1));
+    packed *= static_cast<double>(call.upsample * call.upsample);
   }
   const bool pairs = !single(call) && LaneOf<bf16>::kChannels == 2;
   return (pairs ? kPair : 1) * pixels * taps * inputs * blocks + packed * taps * inputs * blocks + 12 * pixels * blocks;

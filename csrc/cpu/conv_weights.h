@@ -55,6 +55,14 @@ class Weights {
     for (int64_t j = 0; j < n; j += W) {
       const int64_t some = least(W, n - j);
       Vec lanes[W];
+      if (count == W && some == W && !mirrored_) {  // in registers
+#pragma GCC unroll 16
+        for (int64_t lane = 0; lane < W; ++lane) lanes[lane] = load(from + lane * out_ + j);
+        transpose(lanes);
+#pragma GCC unroll 16
+        for (int64_t i = 0; i < W; ++i) store(to + (j + i) * W, lanes[i]);
+        continue;
+      }
       for (int64_t lane = 0; lane < count; ++lane) {
         const T* row = from + lane * out_ + j;
         lanes[lane] = some == W ? load(row) : load_some(row, some);

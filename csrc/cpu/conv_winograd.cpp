@@ -2,11 +2,20 @@
 // transposed ones of stride 2 and those of doubled images. Transforms and products are float, also of bf16 data, whose
 // 8 bits would not bear the cancellation: what is stored in bf16 is the input and the output, as elsewhere.
 //
-//   filters:  G g Gᵀ of all filters, n² matrices Cin × Cout, packed for the product. Transformed on every call: a kept
-//             copy would be four times the weights and could be stale.
-//   blocks:   a few rows of tiles at a time, so that a block's n² matrices of inputs stay near the core, and of outputs
-//             one panel at a time, whose n² matrices stay in L2:
-//             Bᵀd B of all tiles and input channels → n² products tiles × Cin × panel → AᵀmA → finish
+//   filters:  G g Gᵀ, n² matrices Cin × Cout, packed for the product. Transformed on every call: a kept copy would be
+//             four times the weights and could be stale.
+//   inputs:   Bᵀd B, n² matrices tiles × Cin
+//   outputs:  n² products tiles × Cin × panel → AᵀmA → finish, one panel of filters at a time
+//
+// In one of two orders (Sizes::by_filters), which differ in what is there at once and in what threads share:
+//
+//   by tiles:    all filters, in memory that all threads read; then each thread takes a few rows of tiles at a time,
+//                whose inputs stay near its core while the filters pass.
+//   by filters:  the inputs of so many tiles that few groups of them make the call, likewise; then each thread takes a
+//                panel at a time (or some of the tiles with it, where threads are more), whose filters are made for a
+//                few channels before these are multiplied, and never leave its L2. For few tiles, where writing and
+//                reading all filters is most of the work, and for filters that do not fit anywhere near: four times as
+//                much as the weights.
 //
 // Rows of the image come in as strips [n rows][pixel][lane], where padding is written once, and leave as strips of m
 // rows. NCHW or NHWC makes no difference to anything in between (rows.h).
@@ -31,7 +40,8 @@ namespace irt::INPAINTRT_ISA::conv {
 namespace {
 
 constexpr int64_t kTilesPerBlock = 32;  // 32 × 512 channels × 36 floats are 2.4 MB, and the products' heights are full
-constexpr int64_t kManyFilters = 64;    // matrices: each block reads all of them, so let there be half as many blocks
+constexpr int64_t kManyFilters = 64;    // matrices: half as many blocks, each of which reads all, and half the chunks
+constexpr int64_t kChunk = kChain;      // input channels whose filters are made at once: 36 × 64 × 32 floats are 0.3 MB
 
 // Which number a matrix has: those of each pair of phases lie one after the other, row by row.
 struct Grid {
@@ -58,9 +68,12 @@ struct Sizes {
   Filters filters;
   Grid in, out, values;  // the matrices of transformed inputs, of products and of transformed filters
   int64_t inputs, in_blocks, panels;
-  int64_t tiles_x, tiles_y, rows, blocks;            // rows of tiles in a block, blocks in an image
+  bool by_filters;
+  int64_t chunks, chunk;                             // of input channels: those of the filters that are there at once
+  int64_t tiles_x, tiles_y, rows, blocks;            // rows of tiles in a block, blocks in all images
   int64_t in_pixels, out_pixels;                     // of a strip's row
-  int64_t tiles;                                     // distance of groups, odd, so that groups do not share cache sets
+  int64_t shares, share;                             // by filters: of a block for as many threads, and a share's rows
+  int64_t tiles, out_tiles;                          // distance of groups, odd, so that they do not share cache sets
   int64_t in_point, out_point, filter_point, strip;  // floats between the matrices, odd vectors likewise; of strips
   int threads;
 
@@ -85,20 +98,30 @@ struct Sizes {
     const int64_t last = (ceil_div(ceil_div(x.size, d), m) - 1) * m * d + least(d, x.size) - 1;  // of tiles' beginnings
     in_pixels = x.in_scale * (last + (n - 1) * d + 1);
     out_pixels = x.out_scale * (last + (m - 1) * d + 1) - x.out_first;
-    threads = threads_of(call, call.batch() * tiles_y);
-    const int64_t wanted = ceil_div(tiles_y * tiles_x, (values.all > kManyFilters ? 2 : 1) * kTilesPerBlock);
-    blocks = least(tiles_y, ceil_div(most(wanted, 1), threads) * threads);  // as many for each thread
-    rows = ceil_div(tiles_y, blocks);
-    blocks = ceil_div(tiles_y, rows);
-    tiles = rows * tiles_x | 1;
-    in_point = (in_blocks * tiles | 1) * W, out_point = (kPanelVectors * tiles | 1) * W;
-    filter_point = (panels * inputs * kPanelVectors | 1) * W;
+    const int64_t all_rows = call.batch() * tiles_y;
+    by_filters = goes_by_filters(call, tiles_y * tiles_x, values.all);
+    threads = threads_of(call, by_filters ? panels * all_rows : all_rows);
+    const int64_t many = values.all > kManyFilters ? 2 : 1;
+    const int64_t together = by_filters ? kTilesPerGroup : many * kTilesPerBlock;
+    blocks = most(ceil_div(all_rows * tiles_x, together), 1);
+    if (!by_filters) blocks = ceil_div(blocks, threads) * threads;  // as many for each thread
+    rows = ceil_div(all_rows, least(blocks, all_rows));
+    blocks = ceil_div(all_rows, rows);
+    shares = by_filters ? least(rows, ceil_div(threads, panels)) : 1, share = ceil_div(rows, shares);
+    chunk = by_filters ? least(inputs, kChunk / many) : inputs, chunks = ceil_div(inputs, chunk);
+    tiles = rows * tiles_x | 1, out_tiles = share * tiles_x | 1;
+    in_point = (ceil_div(chunk, W) * tiles | 1) * W, out_point = (kPanelVectors * out_tiles | 1) * W;
+    filter_point = ((by_filters ? 1 : panels) * chunk * kPanelVectors | 1) * W;
     strip = most(n * in_pixels, (call.gated ? 2 : 1) * m * out_pixels) * W;
   }
   int64_t filter_floats() const { return vectors(values.all * filter_point); }
+  int64_t input_floats() const { return vectors(chunks * in.all * in_point); }
   int64_t start_floats() const { return vectors(tiles_x); }
-  int64_t thread_floats() const { return vectors(in.all * in_point + out.all * out_point) + vectors(strip); }
-  int64_t floats() const { return filter_floats() + start_floats() + threads * thread_floats(); }
+  int64_t shared_floats() const { return by_filters ? input_floats() : filter_floats(); }
+  int64_t thread_floats() const {
+    return (by_filters ? filter_floats() : input_floats()) + vectors(out.all * out_point) + vectors(strip);
+  }
+  int64_t floats() const { return shared_floats() + start_floats() + threads * thread_floats(); }
 };
 
 template <class Form, bool kPhases>
@@ -106,10 +129,12 @@ struct WinogradGeometry : Sizes {
   explicit WinogradGeometry(const Call& call) : Sizes(call, kPhases, Form::kOutputs, Form::kInputs) {}
 };
 
-// The products of a block of tiles with one panel of filters, at all points; the same for all forms.
-void multiply(const Sizes& g, int64_t tiles, const float* panel, const float* inputs, float* outputs) {
-  const Blocks shape = {nullptr, g.tiles * W, static_cast<int>(g.in_blocks), 1,
-                        static_cast<int>(g.inputs - (g.in_blocks - 1) * W)};
+// The products of a block of tiles with one panel of filters, at all points; the same for all forms. Of channels
+// [c, c + some) only: from the second of them on, they are added to what is there.
+void multiply(const Sizes& g, int64_t tiles, int64_t c, int64_t some, const float* panel, const float* inputs,
+              float* outputs) {
+  const int64_t blocks = ceil_div(some, W);
+  const Blocks shape = {nullptr, g.tiles * W, static_cast<int>(blocks), 1, static_cast<int>(some - (blocks - 1) * W)};
   Factors factors[Tiling::kMostPhases * Tiling::kMostPhases];
   // All phases of inputs that have point (i, j), for the outputs of phases p and q.
   const auto factors_at = [&](int64_t p, int64_t q, int64_t i, int64_t j) {
@@ -119,7 +144,8 @@ void multiply(const Sizes& g, int64_t tiles, const float* panel, const float* in
         if (i >= g.in.rows[s] || j >= g.in.columns[t]) continue;
         const int64_t value = g.values.at(p + s, q + t, least(i, g.values.rows[p + s] - 1),  //
                                           least(j, g.values.columns[q + t] - 1));
-        factors[count++] = {inputs + g.in.at(s, t, i, j) * g.in_point, panel + value * g.filter_point};
+        factors[count++] = {inputs + (c / g.chunk * g.in.all + g.in.at(s, t, i, j)) * g.in_point,
+                            panel + value * g.filter_point};
       }
     }
     return count;
@@ -130,8 +156,15 @@ void multiply(const Sizes& g, int64_t tiles, const float* panel, const float* in
         for (int64_t j = 0; j < g.out.columns[q]; ++j) {
           const int64_t count = factors_at(p, q, i, j);
           float* to = outputs + g.out.at(p, q, i, j) * g.out_point;
-          gemm(shape, factors, count, tiles, 1,
-               [&](int, int64_t tile, int v, Vec sums) { store(to + (v * g.tiles + tile) * W, sums); });
+          if (c == 0) {
+            gemm(shape, factors, count, tiles, 1,
+                 [&](int, int64_t tile, int v, Vec sums) { store(to + (v * g.out_tiles + tile) * W, sums); });
+          } else {
+            gemm(shape, factors, count, tiles, 1, [&](int, int64_t tile, int v, Vec sums) {
+              float* sum = to + (v * g.out_tiles + tile) * W;
+              store(sum, load(sum) + sums);
+            });
+          }
         }
       }
     }
@@ -158,9 +191,9 @@ class Winograd {
         source_(call_, !kPhases),
         finish_(call_),
         weights_(call_),
-        filters_(space),
-        starts_(reinterpret_cast<int32_t*>(space + g.filter_floats())),
-        scratch_(space + g.filter_floats() + g.start_floats()) {}
+        shared_(space),
+        starts_(reinterpret_cast<int32_t*>(space + g.shared_floats())),
+        scratch_(space + g.shared_floats() + g.start_floats()) {}
   Winograd(const Winograd&) = delete;
   Winograd& operator=(const Winograd&) = delete;
 
@@ -170,28 +203,7 @@ class Winograd {
     for (int64_t r = 0; r < least(d, g_.x.size); ++r) {
       for (int64_t u = r; u < g_.x.size; u += m * d) *start++ = static_cast<int32_t>(u);
     }
-    parallel_for(g_.panels * kPanelVectors, 1, g_.threads, [&](int64_t begin, int64_t end) {
-      for (int64_t o = begin; o < end; ++o) transform_filters(o);
-    });
-    int next = 0;
-    parallel_for(call_.batch() * g_.blocks, 1, g_.threads, [&](int64_t from, int64_t to) {
-      float* inputs = scratch_ + __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED) * g_.thread_floats();
-      float* outputs = inputs + g_.in.all * g_.in_point;
-      float* strip = outputs + g_.out.all * g_.out_point;
-      for (int64_t i = from; i < to; ++i) {
-        const int64_t b = i / g_.blocks, first = i % g_.blocks * g_.rows, rows = least(g_.rows, g_.tiles_y - first);
-        for (int64_t block = 0; block < g_.in_blocks; ++block) {
-          for (int64_t r = 0; r < rows; ++r) transform_inputs(b, first + r, r, block, strip, inputs);
-        }
-        for (int64_t panel = 0; panel < g_.panels; ++panel) {
-          multiply(g_, rows * g_.tiles_x, filters_ + panel * g_.inputs * kPanelColumns, inputs, outputs);
-          const int64_t begin = panel * kPanelVectors, end = least(begin + kPanelVectors, g_.filters.blocks);
-          for (int64_t o = begin; o < end; o += call_.gated ? 2 : 1) {
-            for (int64_t r = 0; r < rows; ++r) transform_outputs(b, first + r, r, o, strip, outputs);
-          }
-        }
-      }
-    });
+    g_.by_filters ? by_filters() : by_tiles();
   }
 
  private:
@@ -202,9 +214,76 @@ class Winograd {
   Source<T, Single> source_;
   Finish<T> finish_;
   Weights<T> weights_;
-  float* filters_;
+  float* shared_;    // transformed filters; by filters: transformed inputs
   int32_t* starts_;  // where each tile of a row begins
   float* scratch_;
+
+  void by_tiles() const {
+    parallel_for(g_.panels * kPanelVectors, 1, g_.threads, [&](int64_t begin, int64_t end) {
+      for (int64_t o = begin; o < end; ++o) {
+        const int64_t panel = o / kPanelVectors * g_.inputs * kPanelColumns;
+        transform_filters(o, 0, g_.inputs, shared_ + panel + o % kPanelVectors * W);
+      }
+    });
+    int next = 0;
+    parallel_for(g_.blocks, 1, g_.threads, [&](int64_t from, int64_t to) {
+      float* inputs = scratch_of(next);
+      float* outputs = inputs + g_.input_floats();
+      float* strip = outputs + vectors(g_.out.all * g_.out_point);
+      for (int64_t i = from; i < to; ++i) {
+        const int64_t first = i * g_.rows, rows = least(g_.rows, call_.batch() * g_.tiles_y - first);
+        for (int64_t block = 0; block < g_.in_blocks; ++block) {
+          for (int64_t r = 0; r < rows; ++r) transform_inputs(first + r, r, block, strip, inputs);
+        }
+        for (int64_t panel = 0; panel < g_.panels; ++panel) {
+          multiply(g_, rows * g_.tiles_x, 0, g_.inputs, shared_ + panel * g_.inputs * kPanelColumns, inputs, outputs);
+          finish(panel, first, rows, strip, outputs);
+        }
+      }
+    });
+  }
+
+  void by_filters() const {
+    for (int64_t i = 0; i < g_.blocks; ++i) {
+      const int64_t first = i * g_.rows, rows = least(g_.rows, call_.batch() * g_.tiles_y - first);
+      int next = 0;
+      parallel_for(g_.in_blocks * rows, 1, g_.threads, [&](int64_t from, int64_t to) {
+        float* strip = scratch_of(next);
+        for (int64_t k = from; k < to; ++k) transform_inputs(first + k % rows, k % rows, k / rows, strip, shared_);
+      });
+      next = 0;
+      parallel_for(g_.panels * g_.shares, 1, g_.threads, [&](int64_t from, int64_t to) {
+        float* filters = scratch_of(next);
+        float* outputs = filters + g_.filter_floats();
+        float* strip = outputs + vectors(g_.out.all * g_.out_point);
+        for (int64_t k = from; k < to; ++k) {
+          const int64_t panel = k / g_.shares, begin = k % g_.shares * g_.share,
+                        some_rows = least(g_.share, rows - begin);
+          if (some_rows <= 0) continue;
+          const float* inputs = shared_ + begin * g_.tiles_x * W;
+          for (int64_t c = 0; c < g_.inputs; c += g_.chunk) {
+            const int64_t some = least(g_.chunk, g_.inputs - c);
+            for (int64_t v = 0; v < kPanelVectors; ++v) {
+              transform_filters(panel * kPanelVectors + v, c, some, filters + v * W);
+            }
+            multiply(g_, some_rows * g_.tiles_x, c, some, filters, inputs, outputs);
+          }
+          finish(panel, first + begin, some_rows, strip, outputs);
+        }
+      });
+    }
+  }
+
+  float* scratch_of(int& next) const {
+    return scratch_ + __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED) * g_.thread_floats();
+  }
+
+  void finish(int64_t panel, int64_t first, int64_t rows, float* strip, const float* outputs) const {
+    const int64_t begin = panel * kPanelVectors, end = least(begin + kPanelVectors, g_.filters.blocks);
+    for (int64_t o = begin; o < end; o += call_.gated ? 2 : 1) {
+      for (int64_t r = 0; r < rows; ++r) transform_outputs(first + r, r, o, strip, outputs);
+    }
+  }
 
   // Where a row of tiles begins.
   int64_t start_of_row(int64_t tile_y) const {
@@ -220,14 +299,14 @@ class Winograd {
 
   // ---- filters: → [matrix][panel][Cin][panel's columns], one vector of outputs at a time
 
-  void transform_filters(int64_t o) const {
+  // Channels [first, first + count) of one vector of outputs.
+  void transform_filters(int64_t o, int64_t first, int64_t count, float* to) const {
     constexpr int64_t kMostTaps = kPhases ? Tiling::kLongest * Tiling::kLongest : t * t;
     const int64_t kernel = call_.kernel_height() * call_.kernel_width();
-    float* to = filters_ + (o / kPanelVectors * g_.inputs * kPanelVectors + o % kPanelVectors) * W;
     alignas(64) float taps[W * kMostTaps * W];  // [channel][tap][lane]
-    for (int64_t c = 0; c < g_.inputs; c += W) {
-      const int64_t some = least(W, g_.inputs - c);
-      weights_.read(o, c, some, taps);
+    for (int64_t c = 0; c < count; c += W) {
+      const int64_t some = least(W, count - c);
+      weights_.read(o, first + c, some, taps);
       for (int64_t k = 0; k < some; ++k) {
         const float* from = taps + k * kernel * W;
         float* target = to + (c + k) * kPanelColumns;
@@ -267,10 +346,13 @@ class Winograd {
 
   // ---- inputs
 
-  void transform_inputs(int64_t b, int64_t tile_y, int64_t r, int64_t block, float* strip, float* to) const {
+  void transform_inputs(int64_t tile_row, int64_t r, int64_t block, float* strip, float* to) const {
+    const int64_t b = tile_row / g_.tiles_y, tile_y = tile_row % g_.tiles_y;
     const int64_t d = g_.y.in_scale * call_.dilation, pixels = g_.in_pixels;
     const int64_t first = g_.y.in_scale * start_of_row(tile_y) + g_.y.in_first;
-    float* target = to + (block * g_.tiles + r * g_.tiles_x) * W;
+    const int64_t chunk = block * W / g_.chunk;
+    float* target =
+        to + chunk * g_.in.all * g_.in_point + ((block - chunk * g_.chunk / W) * g_.tiles + r * g_.tiles_x) * W;
     for (int64_t p = 0; p < g_.y.inputs; ++p) {
       for (int64_t i = 0; i < g_.in.rows[p]; ++i) {
         source_.read(b, block, first + i * d + p, g_.x.in_first, pixels, strip + i * pixels * W);
@@ -304,12 +386,13 @@ class Winograd {
 
   // ---- outputs
 
-  void transform_outputs(int64_t b, int64_t tile_y, int64_t r, int64_t o, float* strip, const float* from) const {
+  void transform_outputs(int64_t tile_row, int64_t r, int64_t o, float* strip, const float* from) const {
+    const int64_t b = tile_row / g_.tiles_y, tile_y = tile_row % g_.tiles_y;
     const int64_t d = g_.y.out_scale * call_.dilation, pixels = g_.out_pixels, half = m * pixels * W;
     const int64_t first = g_.y.out_scale * start_of_row(tile_y) + g_.y.out_first, blocks = call_.gated ? 2 : 1;
     for (int64_t p = 0; p < g_.y.outputs; ++p) {
       for (int64_t k = 0; k < blocks; ++k) {
-        const float* source = from + ((o % kPanelVectors + k) * g_.tiles + r * g_.tiles_x) * W;
+        const float* source = from + ((o % kPanelVectors + k) * g_.out_tiles + r * g_.tiles_x) * W;
         for (int64_t q = 0; q < g_.x.outputs; ++q) {
           with_points<n, kPhases>(g_.out.rows[p], [&](auto rows) {
             with_points<n, kPhases>(g_.out.columns[q], [&](auto columns) {

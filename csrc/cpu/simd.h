@@ -232,7 +232,7 @@ static inline void store(bf16* p, Vec x) { from_float(x.v, *p); }
 
 // kWidth vectors as a square matrix, transposed in place: how channels that lie apart become the lanes of a vector.
 #if defined(__AVX512F__)
-static inline void transpose(Vec (&rows)[16]) {
+IRT_INLINE void transpose(Vec (&rows)[16]) {
   __m512 t[16], u[16];
 #pragma GCC unroll 8
   for (int i = 0; i < 16; i += 2) {
@@ -260,7 +260,7 @@ static inline void transpose(Vec (&rows)[16]) {
   }
 }
 #elif defined(__AVX2__)
-static inline void transpose(Vec (&rows)[8]) {
+IRT_INLINE void transpose(Vec (&rows)[8]) {
   __m256 t[8], u[8];
 #pragma GCC unroll 4
   for (int i = 0; i < 8; i += 2) {
@@ -282,7 +282,7 @@ static inline void transpose(Vec (&rows)[8]) {
   }
 }
 #else
-static inline void transpose(Vec (&)[1]) {}
+IRT_INLINE void transpose(Vec (&)[1]) {}
 #endif
 
 // The first n (<= kWidth) lanes; the rest is zero. Strided forms serve layouts whose inner dimension is not contiguous.

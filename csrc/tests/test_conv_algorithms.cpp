@@ -7,6 +7,7 @@
 
 #include "check.h"
 #include "convolution.h"
+#include "gemm.h"
 #include "guarded_workspace.h"
 #include "winograd.h"
 
@@ -197,6 +198,39 @@ void columns_of_few_pixels() {
   check::note("%s: float32 at most %.2f of %.2f units", algorithm->name, largest, algorithm->units);
 }
 
+// Both orders of Winograd's algorithm, on few tiles and on many: several panels of filters and chunks of channels,
+// ragged ones too, rows of tiles of two images together, and fewer panels than threads.
+void winograd_by_filters_and_by_tiles() {
+  Random random{6};
+  for (const Algorithm& algorithm : kAlgorithms) {
+    if (!algorithm.spreads) continue;
+    largest = 0.0;
+    for (int dtype : {IRT_F32, IRT_BF16}) {
+      for (Op op : {Op::fused, Op::gated}) {
+        Setting s;
+        s.op = op, s.dtype = dtype, s.b = 2, s.inputs = 131, s.outputs = 2 * kPanelColumns + 1, s.h = 9, s.w = 6;
+        s.kh = s.kw = algorithm.kernel, s.pad(1), s.bias = true, s.stride = algorithm.taps ? 2 : 1;
+        for (int threads : {1, 2, 5, 16}) check_algorithm(algorithm, random, s, threads);
+        s.pad(algorithm.kernel / 2), s.h = 1, s.w = 4 * (conv::kTilesPerGroup + 2) * s.stride;
+        if (dtype == IRT_F32) check_algorithm(algorithm, random, s, 3);
+      }
+    }
+    check::note("%s: float32 at most %.2f of %.2f units", algorithm.name, largest, algorithm.units);
+  }
+}
+
+// Filters that lie far, for more tiles than a group has. A dilation makes a tile of every pixel.
+void winograd_by_filters_in_groups() {
+  Random random{7};
+  Setting s;
+  s.inputs = s.outputs = 352, s.h = 2, s.w = conv::kTilesPerGroup / 2 + 1, s.kh = s.kw = 3, s.dilation = s.w;
+  s.pad(s.dilation);
+  for (const Algorithm& algorithm : kAlgorithms) {
+    if (algorithm.run != conv::winograd_f43) continue;
+    for (int threads : {1, 3}) check_algorithm(algorithm, random, s, threads);
+  }
+}
+
 // ---- the transforms: y = Aᵀ[(G g) ∘ (Bᵀ d)] is a convolution of one dimension --------------------------------------
 
 constexpr double kTransformUnits = 10.0;  // of ‖g‖₁ · max|d|: what was measured, with half as much again
@@ -257,5 +291,7 @@ const check::Case check::cases[] = {
     {"every number of tiles", every_number_of_tiles},
     {"long sums", long_sums},
     {"columns of few pixels", columns_of_few_pixels},
+    {"winograd by filters and by tiles", winograd_by_filters_and_by_tiles},
+    {"winograd by filters in groups", winograd_by_filters_in_groups},
     {nullptr, nullptr},
 };
