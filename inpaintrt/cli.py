@@ -13,10 +13,10 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
-import numpy as np
 import torch
 from torch import nn
 
@@ -26,6 +26,9 @@ from . import pipeline
 from .report import Report
 from .runtime.errors import InpaintRTError, KernelError, UnsupportedError
 from .runtime.settings import BACKENDS
+
+if TYPE_CHECKING:
+    from . import jobs
 
 DEFAULT_MODEL = "lama_mini"
 _WEIGHTS = (".safetensors", ".pt", ".pth", ".ckpt", ".bin")
@@ -115,12 +118,12 @@ def _parser() -> argparse.ArgumentParser:
     enhance = command(
         "enhance",
         _enhance,
-        "upscale, denoise or derain a photo with IPT",
+        "upscale, denoise or derain a photo with IPT, or every photo in a folder",
         "The photo is computed in overlapping patches of 48x48 pixels, each once; photos smaller than a patch are refused. "
         "EXIF and alpha are left out.",
     )
-    enhance.add_argument("photo", type=Path, metavar="PHOTO", help="photo")
-    enhance.add_argument("-o", "--out", type=Path, required=True, help="file to write")
+    enhance.add_argument("photo", type=Path, metavar="PHOTO", help="photo, or folder of photos")
+    enhance.add_argument("-o", "--out", type=Path, required=True, help="file to write, or folder")
     enhance.add_argument("--weights", type=Path, required=True, metavar="FILE", help="IPT's weights, of any tasks")
     enhance.add_argument(
         "--task", metavar="TASK", help="x2, x3, x4, denoise, derain, …; may be left out where weights are for one"
@@ -131,7 +134,8 @@ def _parser() -> argparse.ArgumentParser:
         default="original",
         help="how patches are joined: by the published rule, or without seams (default: %(default)s)",
     )
-    enhance.add_argument("--overwrite", action="store_true", help="replace a file that exists")
+    enhance.add_argument("--overwrite", action="store_true", help="replace files that exist")
+    enhance.add_argument("--format", default="png", metavar="SUFFIX", help="of the results in a folder (default: png)")
     enhance.add_argument("--no-accelerate", action="store_true", help="run the reference network")
     _run_options(enhance)
 
@@ -273,87 +277,85 @@ def _load(name: str, weights: Path | None = None) -> nn.Module:
 
 
 def _fill(args: argparse.Namespace) -> int:
-    from PIL import Image
-
     from . import jobs
 
-    # Sizes are limited by an error in read_photo; Pillow's earlier warning would only alarm.
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-        suffix = "." + args.format.lower().lstrip(".")
-        work = jobs.plan(args.photo, args.mask, args.out, suffix=suffix, overwrite=args.overwrite)
-        model = _load(args.model, args.weights)
-        if not hasattr(model, "inpaint"):
-            raise UsageError(f"{args.model} fills no holes; what it does with a photo: inpaintrt enhance")
-        if not args.no_accelerate:
-            irt.accelerate(model, backend=args.backend)
-        one = not args.photo.is_dir()
-        if not one:
-            args.out.mkdir(parents=True, exist_ok=True)
-        start, failed = time.perf_counter(), 0
-        for number, job in enumerate(work, 1):
-            begin = time.perf_counter()
-            try:
-                done = jobs.fill_file(
-                    model,
-                    job,
-                    invert_mask=args.invert_mask,
-                    max_pixels=args.max_pixels,
-                    margin=args.margin,
-                    overwrite=args.overwrite,
-                )
-            except (KernelError, UnsupportedError):
-                raise  # the next photo would meet the same
-            except InpaintRTError as error:
-                if one:
-                    raise
-                failed += 1
-                say(f"[{number}/{len(work)}] {job.photo.name}  FAILED: {error}")
-                continue
-            for note in done.notes:
-                say(f"note: {note}")
-            for warning in done.warnings:
-                say(f"warning: {warning}")
-            say(f"[{number}/{len(work)}] {job.photo.name}  {time.perf_counter() - begin:.2f} s  {done.mask}")
-        if not one:
-            seconds = time.perf_counter() - start
-            say(f"{len(work) - failed} filled, {failed} failed, {seconds:.1f} s; results in {args.out}")
-    return 1 if failed else 0
+    work = jobs.plan(args.photo, args.mask, args.out, suffix=_suffix(args), overwrite=args.overwrite)
+    model = _load(args.model, args.weights)
+    if not hasattr(model, "inpaint"):
+        raise UsageError(f"{args.model} fills no holes; what it does with a photo: inpaintrt enhance")
+    if not args.no_accelerate:
+        irt.accelerate(model, backend=args.backend)
+
+    def one(job: jobs.Job) -> jobs.Done:
+        return jobs.fill_file(
+            model,
+            job,
+            invert_mask=args.invert_mask,
+            max_pixels=args.max_pixels,
+            margin=args.margin,
+            overwrite=args.overwrite,
+        )
+
+    return _each({job.photo: partial(one, job) for job in work}, args, "filled")
 
 
 def _enhance(args: argparse.Namespace) -> int:
-    from PIL import Image
+    from . import jobs
 
-    from . import enhancement, images
+    work = jobs.plan_photos(args.photo, args.out, suffix=_suffix(args), overwrite=args.overwrite)
+    model: Any = _load("ipt", args.weights)
+    try:
+        model.index(args.task)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+    if not args.no_accelerate:
+        irt.accelerate(model, backend=args.backend)
 
-    begin = time.perf_counter()
-    images.writes(args.out)
-    images.check_target(args.out, overwrite=args.overwrite)
-    with warnings.catch_warnings():  # as in `_fill`
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-        photo = images.read_photo(args.photo)
-        model = _load("ipt", args.weights)
+    def one(path: Path, target: Path) -> jobs.Done:
         try:
-            patches = enhancement.patches(model, photo.rgb, args.task)
+            return jobs.enhance_file(model, path, target, args.task, blend=args.blend, overwrite=args.overwrite)
         except ValueError as error:
             raise UsageError(str(error)) from error
-        # Sizes and orientation in EXIF would not be the result's; a profile of grey would not fit its colours.
-        kept = photo.icc if photo.pixels.shape[2] >= 3 else None
-        made = dataclasses.replace(photo, pixels=photo.rgb, orientation=1, exif=None, icc=kept)
-        images.check_writable(args.out, made)
-        say(f"{patches} patches")
-        if not args.no_accelerate:
-            irt.accelerate(model, backend=args.backend)
-        pixels = enhancement.enhance(model, photo.rgb, args.task, blend=args.blend)
-        made = dataclasses.replace(made, pixels=pixels)
-        everywhere = np.ones(pixels.shape[:2], bool)
-        images.write_photo(args.out, made, pixels, everywhere, overwrite=args.overwrite)
-    for note in photo.notes:
-        say(f"note: {note}")
-    if photo.has_alpha:
-        say(f"note: {args.photo.name} has transparency, which was left out")
-    say(f"{args.out}  {pixels.shape[1]} x {pixels.shape[0]}  {time.perf_counter() - begin:.2f} s")
-    return 0
+
+    return _each({path: partial(one, path, target) for path, target in work}, args, "enhanced")
+
+
+def _suffix(args: argparse.Namespace) -> str:
+    return "." + str(args.format).lower().lstrip(".")
+
+
+def _each(work: dict[Path, Callable[[], jobs.Done]], args: argparse.Namespace, done: str) -> int:
+    """Do the work for each photo and tell; in a folder, a photo that fails does not stop the others."""
+    from PIL import Image
+
+    one = not args.photo.is_dir()
+    if not one:
+        args.out.mkdir(parents=True, exist_ok=True)
+    start, failed = time.perf_counter(), 0
+    for number, (photo, run) in enumerate(work.items(), 1):
+        begin = time.perf_counter()
+        try:
+            # Sizes are limited by an error in read_photo; Pillow's earlier warning would only alarm.
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+                result = run()
+        except (KernelError, UnsupportedError):
+            raise  # the next photo would meet the same
+        except InpaintRTError as error:
+            if one:
+                raise
+            failed += 1
+            say(f"[{number}/{len(work)}] {photo.name}  FAILED: {error}")
+            continue
+        for note in result.notes:
+            say(f"note: {note}")
+        for warning in result.warnings:
+            say(f"warning: {warning}")
+        say(f"[{number}/{len(work)}] {photo.name}  {time.perf_counter() - begin:.2f} s  {result.summary}")
+    if not one:
+        seconds = time.perf_counter() - start
+        say(f"{len(work) - failed} {done}, {failed} failed, {seconds:.1f} s; results in {args.out}")
+    return 1 if failed else 0
 
 
 def _flow(args: argparse.Namespace) -> int:
@@ -364,7 +366,7 @@ def _flow(args: argparse.Namespace) -> int:
     begin = time.perf_counter()
     target = images.writes(args.out)
     images.check_target(args.out, overwrite=args.overwrite)
-    with warnings.catch_warnings():  # as in `_fill`
+    with warnings.catch_warnings():  # as in `_each`
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)
         photo, mask = images.read_photo(args.photo), images.read_mask(args.mask, invert=args.invert_mask)
     images.check_sizes(photo, mask)

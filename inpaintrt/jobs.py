@@ -1,15 +1,16 @@
-"""Which files are filled with which masks, and one of them from file to file."""
+"""Which photos are filled with which masks or enhanced, and one of them from file to file."""
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 from torch import nn
 
-from . import images, pipeline
+from . import enhancement, images, pipeline
 from .runtime.errors import ImageError
 
 _ENDINGS = ("-mask", "_mask")
@@ -26,9 +27,9 @@ class Job:
 
 @dataclass(frozen=True)
 class Done:
-    """What became of a job. `mask` describes the hole; `notes` and `warnings` are sentences for a person."""
+    """What became of a photo. `summary` says what was done; `notes` and `warnings` are sentences for a person."""
 
-    mask: str
+    summary: str
     notes: Sequence[str]
     warnings: Sequence[str]
 
@@ -49,22 +50,22 @@ def plan(photo: Path, mask: Path, out: Path, *, suffix: str = ".png", overwrite:
         folder, file = (photo, mask) if photo.is_dir() else (mask, photo)
         raise ImageError(f"{folder} is a folder and {file} a file; give two files or two folders")
     if not photo.is_dir():
-        images.writes(out)
-        images.check_target(out, overwrite=overwrite)
-        return [Job(photo, mask, out)]
-    images.writes(Path("out").with_suffix(suffix))
-    jobs = [Job(p, m, out / (p.stem + suffix)) for p, m in _pairs(photo, mask)]
-    targets = defaultdict(list)
-    for job in jobs:
-        targets[job.target].append(job.photo.name)
-    clashes = [f"{' and '.join(names)} would become one {t.name}" for t, names in targets.items() if len(names) > 1]
-    if out.exists() and not out.is_dir():
-        clashes.append(f"{out} is a file; give a folder")
-    if not overwrite and (old := [target.name for target in targets if target.exists()]):
-        clashes.append(f"in {out} there are already {_some(old)}; --overwrite replaces them")
-    if clashes:
-        raise ImageError("; ".join(clashes))
-    return jobs
+        return [Job(photo, mask, _target(out, overwrite))]
+    pairs = dict(_pairs(photo, mask))
+    targets = _targets(pairs, out, suffix, overwrite)
+    return [Job(path, pairs[path], target) for path, target in targets]
+
+
+def plan_photos(photo: Path, out: Path, *, suffix: str = ".png", overwrite: bool = False) -> list[tuple[Path, Path]]:
+    """(photo, target) of a file, or of each photo in a folder, as in `plan`.
+
+    Raises: `ImageError`.
+    """
+    if not photo.is_dir():
+        return [(photo, _target(out, overwrite))]
+    if not (photos := _pictures(photo)):
+        raise ImageError(f"no photos in {photo} ({', '.join(sorted(images.READ_SUFFIXES))})")
+    return _targets(photos, out, suffix, overwrite)
 
 
 def fill_file(
@@ -100,6 +101,55 @@ def fill_file(
     filled = pipeline.fill(model, photo.rgb, mask.hole, max_pixels=max_pixels, margin=margin)
     images.write_photo(job.target, photo, filled, mask.hole, overwrite=overwrite)
     return Done(mask.describe(), photo.notes, warnings)
+
+
+def enhance_file(
+    model: nn.Module,
+    path: Path,
+    target: Path,
+    task: int | str | None = None,
+    *,
+    blend: str = "original",
+    overwrite: bool = False,
+) -> Done:
+    """Read a photo, enhance, write; the target appears whole or not at all.
+
+    Raises: `ImageError` for files, ValueError for what the network cannot take, `InpaintRTError` for what goes wrong in it.
+    """
+    photo = images.read_photo(path)
+    patches = enhancement.patches(model, photo.rgb, task)
+    # Sizes and orientation in EXIF would not be the result's; a profile of grey would not fit its colours.
+    kept = photo.icc if photo.pixels.shape[2] >= 3 else None
+    made = replace(photo, pixels=photo.rgb, orientation=1, exif=None, icc=kept)
+    images.check_writable(target, made)
+    pixels = enhancement.enhance(model, photo.rgb, task, blend=blend)
+    everywhere = np.ones(pixels.shape[:2], bool)
+    images.write_photo(target, replace(made, pixels=pixels), pixels, everywhere, overwrite=overwrite)
+    notes = [*photo.notes, *([f"{path.name} has transparency, which was left out"] if photo.has_alpha else [])]
+    return Done(f"{pixels.shape[1]} x {pixels.shape[0]}, {patches} patches", notes, ())
+
+
+def _target(out: Path, overwrite: bool) -> Path:
+    images.writes(out)
+    images.check_target(out, overwrite=overwrite)
+    return out
+
+
+def _targets(photos: Iterable[Path], out: Path, suffix: str, overwrite: bool) -> list[tuple[Path, Path]]:
+    """Each photo with its file in the folder `out`. Raises: `ImageError`, of all that is in the way there."""
+    images.writes(Path("out").with_suffix(suffix))
+    work = [(path, out / (path.stem + suffix)) for path in photos]
+    sources = defaultdict(list)
+    for path, target in work:
+        sources[target].append(path.name)
+    clashes = [f"{' and '.join(names)} would become one {t.name}" for t, names in sources.items() if len(names) > 1]
+    if out.exists() and not out.is_dir():
+        clashes.append(f"{out} is a file; give a folder")
+    if not overwrite and (old := [target.name for target in sources if target.exists()]):
+        clashes.append(f"in {out} there are already {_some(old)}; --overwrite replaces them")
+    if clashes:
+        raise ImageError("; ".join(clashes))
+    return work
 
 
 def _pairs(photos: Path, masks: Path) -> list[tuple[Path, Path]]:

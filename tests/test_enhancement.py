@@ -57,6 +57,25 @@ def test_file_to_file(folder, tmp_path, capsys, photo, task):
     assert ("transparency" in said) == (photo == "alpha.png")
 
 
+def test_folders(folder, tmp_path, capsys):
+    """One file per photo; a photo that cannot be enhanced is told and does not stop the others."""
+    out = tmp_path / "out"
+    assert run(folder, ".", out, "--task", "x1", "--format", "ppm") == 1
+    said = capsys.readouterr().err
+    assert sorted(path.name for path in out.iterdir()) == ["alpha.ppm", "grey.ppm", "photo.ppm"]
+    assert "small.png  FAILED: image has 23 rows" in said
+    assert "3 enhanced, 1 failed" in said
+    assert run(folder, "photo.png", tmp_path / "one.ppm", "--task", "x1") == 0
+    assert (tmp_path / "one.ppm").read_bytes() == (out / "photo.ppm").read_bytes()
+    assert run(folder, ".", out, "--task", "x1", "--format", "ppm") == 2
+    assert "there are already alpha.ppm" in capsys.readouterr().err
+    assert run(folder, ".", tmp_path / "never", "--task", "x3") == 2, "no photo could do better"
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    assert run(folder, empty, out) == 2
+    assert "no photos in" in capsys.readouterr().err
+
+
 def test_what_is_refused(folder, tmp_path, capsys):
     out = tmp_path / "out.png"
     for photo, options, message in (
