@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import collections
 import os
+import shutil
 import tempfile
 
 import pytest
 import torch
 
-os.environ["INPAINTRT_CACHE"] = tempfile.mkdtemp(prefix="inpaintrt-")  # what a developer tuned does not steer the tests
+CACHE = os.environ["INPAINTRT_CACHE"] = tempfile.mkdtemp(prefix="inpaintrt-")  # not what a developer tuned
 
 from inpaintrt.runtime import policy
 
@@ -18,6 +19,10 @@ ran: collections.Counter[tuple[str, str, str]] = collections.Counter()
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--full", action="store_true", help="the whole test matrix instead of the smoke subset")
+
+
+def pytest_unconfigure() -> None:
+    shutil.rmtree(CACHE, ignore_errors=True)
 
 
 def pytest_sessionfinish(session) -> None:
