@@ -46,8 +46,8 @@ double winograd_cost(const Call& call) {
   constexpr int64_t kValues = Form::kInputs * Form::kInputs;
   const int64_t tiles = tiles_along(call.height(), call.dilation, Form::kOutputs) *
                         tiles_along(call.width(), call.dilation, Form::kOutputs);
-  const double all = static_cast<double>(kValues * call.batch() * tiles),
-               blocks = static_cast<double>(Filters(call).blocks);
+  const double all = static_cast<double>(kValues * call.batch() * tiles);
+  const double blocks = static_cast<double>(Filters(call).blocks);
   const double inputs = static_cast<double>(call.inputs()), in_blocks = static_cast<double>(ceil_div(call.inputs(), W));
   constexpr double kTile = Form::kOutputs > 2 ? 20 : 12;
   return all * inputs * blocks + transformed_filters_cost(call, tiles, kValues, kFilter) +
