@@ -5,6 +5,7 @@ Builds the package several times, so plain `pytest` leaves this folder out; CI r
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import pathlib
 import shutil
@@ -107,7 +108,7 @@ def clean(folder):
     """A new environment that borrows only this one's dependencies, and no user site."""
     venv.create(folder / "venv", with_pip=False)
     site = next((folder / "venv" / "lib").glob("python*/site-packages"))
-    here = pathlib.Path(next(p for p in sys.path if p.endswith("site-packages")))
+    here = pathlib.Path(importlib.util.find_spec("torch").origin).parents[1]
     for package in here.iterdir():
         if (
             not package.name.startswith(("inpaintrt", "_inpaintrt", "__editable__", "triton", "cupy"))
