@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import json
 import pathlib
 import re
@@ -12,11 +14,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import inpaintrt as irt
 from inpaintrt import models
 from inpaintrt.models.put import PUT
 from inpaintrt.models.put_codec import IMAGENET, PVQVAE
+from inpaintrt.models.put_sampling import Tokens
 from inpaintrt.runtime.errors import WeightsError
 from inpaintrt.testing import assert_close_to_truth, recipe
 
@@ -290,6 +294,37 @@ def test_known_tokens_are_the_same_under_autocast(small: PUT) -> None:
     with torch.autocast("cpu", torch.bfloat16):
         tokens, _ = small.sample(image, mask, seeds=[1, 2], top_k=5)
     assert torch.equal(tokens[order == 0], exact[order == 0])
+
+
+@pytest.mark.parametrize("accelerated", [False, True])
+@pytest.mark.parametrize("many", [9, 50])  # of 35 unknown ones, or 96: some, and more than a sample has
+def test_a_pass_can_be_captured_and_replayed(small: PUT, accelerated: bool, many: int) -> None:
+    """A trace holds what a CUDA graph would: operations on the same tensors, with nothing that the host read of one image."""
+    model = irt.accelerate(copy.deepcopy(small)) if accelerated else small
+    classes = model.to_logits.out_features
+    draws = [recipe.image(f"put_draw_{i}", 2, many, classes) + 0.01 for i in range(2)]
+    states = [model.begin(_image(tag), _masks(*kinds)) for tag, kinds in
+              (("put_sc", ("hole", "hole")), ("put_l", ("hole", "unknown")), ("put_l", ("unknown", "hole")))]  # fmt: skip
+    unknown = int((~states[1].known).sum(1).max())
+
+    def run(embedded: Tensor, codes: Tensor, order: Tensor, known: Tensor, table: Tensor, drawn: Tensor) -> None:
+        state = Tokens(embedded, codes, order, known, table)
+        model.step(state, drawn, number=3, many=many, unknown=unknown, keep=5)
+
+    with torch.no_grad():
+        recorded = make_fx(run, _error_on_data_dependent_ops=True)(*_copies(states[0]), draws[0])
+    for state in states:
+        for drawn in draws:
+            ours, expected = _copies(state), _copies(state)
+            recorded(*ours, drawn)
+            run(*expected, drawn)
+            assert int((expected[2] == 3).sum()) > many
+            for made, wanted in zip(ours, expected, strict=True):
+                assert torch.equal(made, wanted)
+
+
+def _copies(state: Tokens) -> tuple[Tensor, ...]:
+    return tuple(getattr(state, field.name).clone() for field in dataclasses.fields(state))
 
 
 def test_wrong_arguments_are_named(small: PUT) -> None:

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .put_codec import PVQVAE, PixelRange, codec_config
-from .put_sampling import Draws, check_temperature, choose, kept_classes, passes, seeded
+from .put_sampling import Draws, Tokens, check_temperature, choose, kept_classes, passes, seeded
 from .put_transformer import BLOCKS
 
 Progress = Callable[[int, int], None]
@@ -222,17 +222,8 @@ class PUT(nn.Module):
         published = 200 if self.generation == "tpami" else 50
         keep = min(published, classes) if top_k is None else kept_classes(top_k, classes)
         check_temperature(temperature)
-        codec = self.content_codec
-        share = codec.known_share(mask)
-        known = share == 1
-        with torch.autocast(image.device.type, enabled=False):  # the tokens of known patches are a matter of small gaps
-            z = codec.encode(image * mask.to(image.dtype))
-            tokens = codec.quantize(z, known).flatten(1)
-            x = self.embed(z, share)
-            table = F.linear(codec.quantize.embedding[:classes], self.emb_proj.weight, self.emb_proj.bias)
-        known = known.flatten(1)
-        order = torch.zeros_like(tokens)
-        left: list[int] = (~known).sum(1).tolist()  # the one look at the masks
+        state = self.begin(image, mask)
+        left: list[int] = (~state.known).sum(1).tolist()  # the one look at the masks
         steps, each = passes(tokens_per_step, max(left, default=0), length)
         by_position = False
         if draws is None:
@@ -241,37 +232,81 @@ class PUT(nn.Module):
             draws = seeded(seeds, each, image.device)
         else:
             by_position = self.generation == "tpami" or each == length
-        for step, many in enumerate(steps):
-            active = [b for b, n in enumerate(left) if n > 0] if many else []
-            if not active:
-                if progress is not None:
-                    progress(step + 1, len(steps))
-                continue
-            rest = max(left[b] for b in active)
-            batch = torch.tensor(active, device=x.device) if len(active) < len(left) else slice(None)
-            open_ = ~known[batch]
-            first = open_.to(torch.uint8).argsort(dim=1, descending=True, stable=True)  # unknown ones come first
-            rows = first[:, : many if raster_order else rest]
-            logits = self.logits(x[batch], rows).float()
-            score = logits.amax(-1).masked_fill(~open_.gather(1, rows), -torch.inf)
-            if not raster_order:
-                score, rank = score.topk(many, dim=1)
-                rows, logits = rows.gather(1, rank), logits.gather(1, rank.unsqueeze(-1).expand(-1, -1, classes))
-            drawn = draws(step, active, length if by_position else many, classes)
-            if by_position:
-                drawn = drawn.gather(1, rows.unsqueeze(-1).expand(-1, -1, classes))
-            picked = choose(logits, keep, temperature, drawn)
-            new = score > -torch.inf  # a sample with less than `many` left has known tokens among its best
-            number = torch.arange(len(image), device=x.device)[batch].unsqueeze(1)
-            embedded = F.embedding(picked, table) + self.pos_emb[0, rows]
-            x[number, rows] = torch.where(new.unsqueeze(-1), embedded, x[number, rows])
-            tokens[number, rows] = torch.where(new, picked, tokens[number, rows])
-            order[number, rows] = torch.where(new, step + 1, order[number, rows])
-            known[number, rows] = True
-            left = [n - many for n in left]
+        for i, many in enumerate(steps):
+            if many and (active := [b for b, n in enumerate(left) if n > 0]):
+                self.step(
+                    state, draws(i, active, length if by_position else many, classes), number=i + 1, many=many,
+                    unknown=max(left[b] for b in active), keep=keep, temperature=temperature,
+                    raster_order=raster_order, by_position=by_position,
+                    samples=torch.tensor(active, device=image.device) if len(active) < len(left) else None,
+                )  # fmt: skip
+                left = [n - many for n in left]
             if progress is not None:
-                progress(step + 1, len(steps))
-        return tokens.unflatten(1, self.grid), order.unflatten(1, self.grid)
+                progress(i + 1, len(steps))
+        return state.codes.unflatten(1, self.grid), state.order.unflatten(1, self.grid)
+
+    @torch.no_grad()
+    def begin(self, image: Tensor, mask: Tensor) -> Tokens:
+        """Samples before the first pass. image, mask: as in `complete`."""
+        codec, classes = self.content_codec, self.to_logits.out_features
+        share = codec.known_share(mask)
+        known = share == 1
+        with torch.autocast(image.device.type, enabled=False):  # the tokens of known patches are a matter of small gaps
+            z = codec.encode(image * mask.to(image.dtype))
+            codes = codec.quantize(z, known).flatten(1)
+            x = self.embed(z, share)
+            table = F.linear(codec.quantize.embedding[:classes], self.emb_proj.weight, self.emb_proj.bias)
+        return Tokens(x, codes, torch.zeros_like(codes), known.flatten(1), table)
+
+    @torch.no_grad()
+    def step(
+        self,
+        state: Tokens,
+        drawn: Tensor,
+        *,
+        number: int,
+        many: int,
+        unknown: int,
+        keep: int,
+        temperature: float = 1.0,
+        raster_order: bool = False,
+        by_position: bool = False,
+        samples: Tensor | None = None,
+    ) -> None:
+        """One pass: chooses tokens in place.
+
+        The host reads no tensor, and all shapes follow from the numbers given. So a pass can be captured in a CUDA graph
+        and replayed for other samples, whose `begin` and draws are copied to the tensors that were given here.
+
+        Args:
+            state: of B samples.
+            drawn: numbers of Exp(1): (n, many, classes), by rank among the chosen, or by_position: (n, L, classes).
+            number: of the pass, from 1: what `order` becomes.
+            many: tokens to choose of each sample. A sample that has fewer left gets these.
+            unknown: at least as many as any of the samples has left, for the logits of as many are computed.
+            keep, temperature, raster_order: as in `sample`; keep is a number of classes.
+            samples: int64 (n,), those to choose tokens of. None: all.
+        """
+        x, known = state.embedded, state.known
+        at = torch.arange(len(known), device=known.device) if samples is None else samples
+        open_ = ~known if samples is None else ~known[samples]
+        first = open_.to(torch.uint8).argsort(dim=1, descending=True, stable=True)  # unknown ones come first
+        rows = first[:, : many if raster_order else unknown]
+        logits = self.logits(x if samples is None else x[samples], rows).float()
+        score = logits.amax(-1).masked_fill(~open_.gather(1, rows), -torch.inf)
+        if not raster_order:
+            score, rank = score.topk(many, dim=1)
+            rows, logits = rows.gather(1, rank), logits.gather(1, rank.unsqueeze(-1).expand(-1, -1, logits.shape[2]))
+        if by_position:
+            drawn = drawn.gather(1, rows.unsqueeze(-1).expand(-1, -1, drawn.shape[2]))
+        picked = choose(logits, keep, temperature, drawn)
+        new = score > -torch.inf  # a sample with less than `many` left has known tokens among its best
+        at = at.unsqueeze(1)
+        embedded = F.embedding(picked, state.table) + self.pos_emb[0, rows]
+        x[at, rows] = torch.where(new.unsqueeze(-1), embedded, x[at, rows])
+        state.codes[at, rows] = torch.where(new, picked, state.codes[at, rows])
+        state.order[at, rows] = torch.where(new, number, state.order[at, rows])
+        known[at, rows] = True
 
     def _check(self, image: Tensor, mask: Tensor, seeds: Sequence[int] | None, draws: Draws | None) -> None:
         size = self.only_size

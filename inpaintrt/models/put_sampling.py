@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Sequence
 
@@ -10,6 +11,25 @@ from torch import Tensor
 
 Draws = Callable[[int, Sequence[int], int, int], Tensor]
 """(pass, samples, rows of each, classes) → numbers > 0 of the distribution Exp(1), (samples, rows, classes)."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Tokens:
+    """Tokens of B samples while they are chosen. A pass (`PUT.step`) changes all but `table` in place.
+
+    Attributes:
+        embedded: (B, L, width), what the transformer reads.
+        codes: int64 (B, L), of no meaning where a token is neither known nor chosen yet.
+        order: int64 (B, L), the pass (from 1) that chose a token; 0: none did.
+        known: bool (B, L), known or chosen.
+        table: (classes, width), embeddings of codes, without their positions.
+    """
+
+    embedded: Tensor
+    codes: Tensor
+    order: Tensor
+    known: Tensor
+    table: Tensor
 
 
 def kept_classes(top_k: float, classes: int) -> int:
