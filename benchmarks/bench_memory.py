@@ -14,6 +14,7 @@ CASES = {"lama_mini": (400, 600)} | dict.fromkeys(
     ("lama", "deepfill_v1", "deepfill_v2", "aotgan", "glcic", "partialconv_unet", *ONE_SIZE), (512, 512)
 )
 """Networks, by the names that `load` and `create` know, and the size of their images."""
+CASES["ipt"] = (96, 96)  # all patches of such an image at once
 ALLOWED_KEPT = 0.25  # of the parameters' bytes, for folded or packed weights
 
 
@@ -35,22 +36,31 @@ def forward(name: str, accelerated: bool, height: int, width: int):
         mask[..., height // 4 : height // 2, width // 3 : 2 * width // 3] = 1
         return image, mask
 
+    def call(model, height: int, width: int):
+        if name == "ipt":
+            down, across = ((n - model.patch + 11) // 12 + 1 for n in (height, width))
+            patches = recipe.image("photo", down * across, 3, model.patch, model.patch) * 255
+            return lambda: model(patches)
+        image, mask = masked(height, width)
+        return lambda: model.inpaint(image, mask)
+
     for _ in range(2):
         model = None  # the first model goes before the second one comes
         if name == "lama_mini":
             model = inpaintrt.load(name)
+        elif name == "ipt":
+            model = recipe.fill(inpaintrt.models.create(name, tasks=("denoise",), layers=4))
         else:
             model = recipe.fill(inpaintrt.models.create(name))
         memory.settle()
         loaded = memory.status("VmRSS")
         if accelerated:
             inpaintrt.accelerate(model)
-        side = max(128, model.min_size)
-        model.inpaint(*masked(side, side))
+        side = 60 if name == "ipt" else max(128, model.min_size)
+        call(model, side, side)()
         memory.settle()
         kept = memory.status("VmRSS") - loaded
-    image, mask = masked(height, width)
-    peak = memory.peak_of(lambda: model.inpaint(image, mask))
+    peak = memory.peak_of(call(model, height, width))
     parameters = sum(p.nbytes for p in model.parameters())
     return {"kept": kept, "extra": peak.extra, "parameters": parameters, "seconds": peak.seconds}
 
@@ -62,7 +72,7 @@ def test_memory(versus, name):
         versus.skip_timing()
         pytest.skip(f"{name} has no size small enough for a smoke run")
     if versus.smoke:
-        memory.in_fresh_process(forward, name, True, 128, 128)
+        memory.in_fresh_process(forward, name, True, *((60, 60) if name == "ipt" else (128, 128)))
         versus.skip_timing()
         return
     size, runs = CASES[name], 2
@@ -77,7 +87,7 @@ def test_memory(versus, name):
     # Their seconds are those of a first forward in a process that just gave its memory back: kept, but not compared.
     versus.record(
         {kind: [run["seconds"] for run in runs] for kind, runs in found.items()},
-        shape=(1, 4, *size),
+        shape=(1, 3 if name == "ipt" else 4, *size),
         model=name,
         extra_memory=extra,
         kept_bytes=kept,

@@ -257,12 +257,12 @@ def test_repaint(versus, device):
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("size", [(96, 96), (100, 130)])
+@pytest.mark.parametrize(("size", "layers"), [((96, 96), 4), ((100, 130), 4), ((96, 96), 12)])
 @torch.no_grad()
-def test_ipt(versus, device, size):
-    """IPT's width with 4 + 4 layers, an image: the public order of work in eager, and every patch once."""
+def test_ipt(versus, device, size, layers):
+    """IPT's width with 4 + 4 layers, or all 12 + 12, an image: the public order of work in eager, and every patch once."""
     tasks, small = ("denoise",), {"features": 4, "heads": 2, "layers": 1, "patch": 24}
-    original = recipe.fill(models.create("ipt", tasks=tasks, **(small if versus.smoke else {"layers": 4})))
+    original = recipe.fill(models.create("ipt", tasks=tasks, **(small if versus.smoke else {"layers": layers})))
     original.head[0][0].weight.mul_(2.0**-6)  # values are up to 255: attention would single out tokens otherwise
     original.requires_grad_(False).to(device)
     in_float32 = inpaintrt.accelerate(copy.deepcopy(original))
@@ -282,7 +282,7 @@ def test_ipt(versus, device, size):
     needed = Cost(counter.get_total_flops() * patches, sum(p.nbytes for p in original.parameters()))
     versus(
         candidates, tolerances={"inpaintrt bf16": BF16}, cost=needed, rounds=2, device=device, shape=x.shape,
-        model="ipt, 4 + 4 layers", group="ipt fp32", means={"eager": ["eager"]},
+        model=f"ipt, {layers} + {layers} layers", group=f"ipt-{layers} fp32", means={"eager": ["eager"]},
     )  # fmt: skip
 
 

@@ -27,16 +27,31 @@ from inpaintrt.testing.recipe import image
 from .ffc import refuses_tensor
 from .trial import Twin, Verdicts, bare_copy, same, settings_of
 
-_MEMORY = 1 << 26
+_MEMORY = 1 << 25
 """Bytes of keys and values of the encoder's result at once. A single layer's may be more."""
 _ROWS = 1024
 """Tokens for which the hidden layer is made at once."""
+_TOKENS = 2048
+"""Tokens that go through all layers together: enough for the products' speed, and what layers hold is in proportion."""
 
 # ---- the fused form -------------------------------------------------------------------------------------------------
 
 
 def transformed(body: Any, x: Tensor, task: int) -> Tensor:
-    """The body's result, (B, C, P, P), for one that was recognised."""
+    """The body's result, (B, C, P, P), for one that was recognised; some patches at a time, which know nothing of others."""
+    parts = -(-len(x) * body.position_encoding.pe.num_embeddings // _TOKENS)
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or min(parts, len(x)) < 2:
+        return _transformed(body, x, task)
+    pieces = x.tensor_split(min(parts, len(x)))
+    made = _transformed(body, pieces[0], task)
+    out = made.new_empty(x.shape)
+    out[: len(made)] = made
+    for piece, place in zip(pieces[1:], out[len(made) :].tensor_split(len(pieces) - 1), strict=True):
+        place.copy_(_transformed(body, piece, task))
+    return out
+
+
+def _transformed(body: Any, x: Tensor, task: int) -> Tensor:
     encoders, decoders = body.encoder.layers, body.decoder.layers
     y, cell = _tokens(body, x)
     y = _added(y, y, body.linear_encoding.weight, body.linear_encoding.bias)
