@@ -49,7 +49,7 @@ def sdist(folder):
 @pytest.fixture(scope="module")
 def source(sdist, folder):
     with tarfile.open(sdist) as archive:
-        archive.extractall(folder, filter="data")
+        archive.extractall(folder, **({"filter": "data"} if hasattr(tarfile, "data_filter") else {}))  # from 3.11.4 on
     return folder / sdist.name.removesuffix(".tar.gz")
 
 
