@@ -19,6 +19,23 @@ ran: collections.Counter[tuple[str, str, str]] = collections.Counter()
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--full", action="store_true", help="the whole test matrix instead of the smoke subset")
+    parser.addoption("--part", default="1/1", metavar="K/N", help="every Nth test, from the Kth on")
+
+
+@pytest.hookimpl(trylast=True)  # of what -k and -m leave
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    kept = part_of(items, config.getoption("--part"))
+    chosen = set(kept)
+    if left := [item for item in items if item not in chosen]:
+        config.hook.pytest_deselected(items=left)
+        items[:] = kept
+
+
+def part_of(items: list, part: str) -> list:
+    first, _, each = part.partition("/")
+    if not first.isdecimal() or not each.isdecimal() or not 1 <= int(first) <= int(each):
+        raise pytest.UsageError(f"--part is {part!r}; accepted: K/N with 1 <= K <= N")
+    return items[int(first) - 1 :: int(each)]
 
 
 def pytest_unconfigure() -> None:

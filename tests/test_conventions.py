@@ -20,6 +20,8 @@ from inpaintrt import ops
 from inpaintrt.runtime import native, registry
 from inpaintrt.runtime.settings import BACKENDS
 
+from .conftest import part_of
+
 ROOT = Path(__file__).resolve().parents[1]
 OPS = registry.names()
 
@@ -370,3 +372,14 @@ def test_triton_rules() -> None:
         assert not uses(tree, "triton", "autotune"), f"{path} cannot run in the interpreter and stalls first calls"
         if module != "inpaintrt.kernels._lib":
             assert not uses(tree, "tl", "dot"), f"{path}: `dot` of kernels/_lib.py is right in the interpreter too"
+
+
+def test_parts_of_the_suite_make_the_whole() -> None:
+    tests = list(range(11))
+    parts = [part_of(tests, f"{k}/3") for k in (1, 2, 3)]
+    assert sorted(test for part in parts for test in part) == tests
+    assert max(map(len, parts)) - min(map(len, parts)) <= 1
+    assert part_of(tests, "1/1") == tests
+    for wrong in ("0/3", "4/3", "3", "a/b", "1/0"):
+        with pytest.raises(pytest.UsageError, match=f"--part is '{wrong}'"):
+            part_of(tests, wrong)
