@@ -47,7 +47,7 @@ ARCHS = tuple(int(a) for a in os.environ.get("INPAINTRT_CUDA_ARCHS", "90").repla
 # keep 16 pixels a thread; what follows them as gated_activation (lines have few blocks anyway). Convolutions: two, for 64
 # sums a thread. window_attention: blocks are of 128; four, with a bias two. window_mask_update: of 128 too, all that an SM
 # can run of them. Steps: four with offsets of 32 bits; two where they have 64, whose divisions take the room. nearest_code:
-# two, which keep 32 sums a thread.
+# two, which keep 32 sums a thread. Resampling and factors of styles: four.
 REGISTERS = {
     "gated_activation": {80: 32, 90: 32, 100: 32, 86: 40, 89: 40, 120: 40},
     "fourier_unit_columns": dict.fromkeys(ALL_ARCHS, 128),
@@ -69,6 +69,9 @@ REGISTERS = {
     "nearest_code_search": dict.fromkeys(ALL_ARCHS, 128),
     "nearest_code_first": dict.fromkeys(ALL_ARCHS, 32),
     "conv2d_pack": dict.fromkeys(ALL_ARCHS, 64),
+    "upfirdn2d": dict.fromkeys(ALL_ARCHS, 64),
+    "modulated_conv2d_filter": dict.fromkeys(ALL_ARCHS, 64),
+    "modulated_conv2d_style": dict.fromkeys(ALL_ARCHS, 64),
     "partial_conv2d_plane": dict.fromkeys(ALL_ARCHS, 64),
     "partial_conv2d_sums": dict.fromkeys(ALL_ARCHS, 64),
     "conv2d": dict.fromkeys(ALL_ARCHS, 128),
@@ -292,6 +295,34 @@ def convolution_entries(op: str) -> frozenset[str]:
 
 
 @functools.cache
+def resampling_entries() -> frozenset[str]:
+    found = set()
+    for dtype, size, memory in itertools.product(DTYPES, (8, 3), (torch.contiguous_format, torch.channels_last)):
+        x = torch.empty(1, size, size, size, dtype=dtype).to(memory_format=memory)
+        args = registry.get("upfirdn2d").bind(x, torch.ones(1, 1))
+        found |= {launch.entry for launch in simulation.plan("upfirdn2d", args, (x,)).launches}
+    assert len(found) == 2 * len(DTYPES)
+    return frozenset(found)
+
+
+@functools.cache
+def modulated_entries() -> frozenset[str]:
+    found, spec = set(), registry.get("modulated_conv2d")
+    for dtype, ieee, outputs, up in itertools.product(DTYPES, (True, False), (16, 64, 128), (1, 2)):
+        x = torch.empty(1, dtype=dtype).expand(1, 8, 256, 256)  # enough pixels for wide tiles
+        weight, style = x[:, :, :1, :1].expand(outputs, -1, -1, -1), x[:, :, 0, 0]
+        outs = spec.out(*spec.bind(x, weight, style, up=up))
+        found |= {launch.entry for launch in simulation.plan("modulated_conv2d", spec.bind(x, weight, style, up=up), outs,
+                                                             ieee=ieee).launches}  # fmt: skip
+        vectors = torch.empty(1, 8, 4, 4, dtype=dtype).to(memory_format=torch.channels_last)
+        args = spec.bind(vectors, vectors[:1, :, :1, :1], vectors[:, :, 0, 0], down=2)
+        found |= {launch.entry for launch in simulation.plan("modulated_conv2d", args, spec.out(*args)).launches}
+    # IEEE, tensor cores; packed weights, factors of styles, filters of either kind
+    assert len(found) == 2 + 3 * len(DTYPES) + 4 * len(DTYPES)
+    return frozenset(found)
+
+
+@functools.cache
 def window_entries() -> frozenset[str]:
     found = set()
     for dtype, channels, biased in itertools.product(DTYPES, (15, 30, 64), (False, True)):
@@ -344,6 +375,8 @@ ENTRIES = {
     "window_attention": window_entries,
     "window_mask_update": update_entries,
     "nearest_code": code_entries,
+    "modulated_conv2d": modulated_entries,
+    "upfirdn2d": resampling_entries,
     **{op: functools.partial(step_entries, op) for op in ("sampler_step", "linear_step")},
     **{op: functools.partial(convolution_entries, op) for op in ("fused_conv2d", "gated_conv2d", "partial_conv2d")},
 }

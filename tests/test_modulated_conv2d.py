@@ -224,6 +224,7 @@ def test_float16_neither_overflows_nor_loses_eps():
         ({"clamp": -1.0}, "clamp -1.0"),
         ({"eps": -1.0}, "eps -1.0"),
         ({"resample_filter": torch.ones(2, 2, 2)}, "resample_filter is"),
+        ({"resample_filter": [1.0, 3.0]}, "resample_filter is a list; accepted: a tensor"),
         ({"style": torch.ones(2, 4, dtype=torch.bfloat16)}, "style is torch.bfloat16"),
         ({"activation": "gelu"}, "activation is"),
         ({"alpha": 0.1}, "alpha is"),

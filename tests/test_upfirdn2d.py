@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -116,6 +117,8 @@ def test_of_nothing_comes_nothing(shape, dtype):
         ({"x": torch.zeros(3, 4, 4)}, r"x is \(3, 4, 4\)"),
         ({"f": torch.zeros(2, 2, 2)}, r"f is \(2, 2, 2\)"),
         ({"f": torch.zeros(2, 2, dtype=torch.int32)}, None),
+        ({"f": [1.0, 3.0]}, "f is a list; accepted: a tensor"),
+        ({"up": np.int64(1), "padding": np.int32(0)}, None),
         ({"up": 0}, "up is"),
         ({"up": (2, 2, 2)}, "up is"),
         ({"padding": (1, 2, 3)}, "padding"),

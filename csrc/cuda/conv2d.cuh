@@ -227,8 +227,9 @@ struct Input {
     pack = p.inner ? thread % kPacks : thread / kPixels + i * (kThreads / kPixels);
   }
 
-  __device__ __forceinline__ void fetch(const Conv2d& p, const Conv2d::Pixel* pixels, const Conv2d::Common& common,
-                                        int thread, int slab) {
+  template <class Operands>
+  __device__ __forceinline__ void fetch(const Conv2d& p, const Operands& operands, const Conv2d::Pixel* pixels,
+                                        const Conv2d::Common& common, int thread, int slab) {
     IRT_UNROLL
     for (int i = 0; i < kShare; ++i) {
       IRT_UNROLL
@@ -246,8 +247,8 @@ struct Input {
       const Conv2d::Channels channels = p.pack_channels(common.group, pack - tap * p.packs.value, kPerPack);
       if (channels.left <= 0) continue;
       const Conv2d::Tensor& part = p.parts[channels.part];
-      const T* data = static_cast<const T*>(part.data) + at.sample * part.strides[0] + row * part.strides[2] +
-                      column * part.strides[3] + channels.channel * part.strides[1];
+      const T* data = static_cast<const T*>(operands.part(channels.part)) + at.sample * part.strides[0] +
+                      row * part.strides[2] + column * part.strides[3] + channels.channel * part.strides[1];
       if (p.vectors[channels.part] && channels.left >= kPerPack) {
         held[i] = load_pack<kPerPack>(data);
       } else {
@@ -256,6 +257,7 @@ struct Input {
           if (v < channels.left) held[i].values[v] = *data;
         }
       }
+      operands.adjust(held[i], at.sample, channels.channel, channels.left);
       if (!p.mask.data) continue;
       data = static_cast<const T*>(p.mask.data) + at.sample * p.mask.strides[0] + row * p.mask.strides[2] +
              column * p.mask.strides[3];
@@ -294,10 +296,22 @@ struct Input {
 
 // ---- the convolution -----------------------------------------------------------------------------------------------
 
+// Reads and writes what the parameters point to, as it is.
+struct Given {
+  const Conv2d& p;
+
+  __device__ __forceinline__ const void* part(int i) const { return p.parts[i].data; }
+  __device__ __forceinline__ void* out() const { return p.out; }
+  template <class Held>
+  __device__ __forceinline__ void adjust(Held&, int, int, int) const {}
+};
+
 // finish(sums, at, output): what becomes of the sum sums[0] (and of the gate's, sums[half a tile]) at output pixel
-// `at`, `output` being counted over all groups.
-template <class T, Products kProducts, int kOutputs, class Finish>
-__device__ __forceinline__ void run(const Conv2d& p, const void* workspace, const Finish& finish) {
+// `at`, `output` being counted over all groups. `operands` are as `Given`: where parts and output lie, and what is done
+// to a pack of channels (of a sample, from a channel of its part on, so many) before it is multiplied.
+template <class T, Products kProducts, int kOutputs, class Finish, class Operands>
+__device__ __forceinline__ void run(const Conv2d& p, const void* workspace, const Finish& finish,
+                                    const Operands& operands) {
   using Share = Shares<kOutputs>;
   constexpr int kFilterBytes = kOutputs * Conv2d::kRowBytes, kPixelBytes = kPixels * Conv2d::kRowBytes;
   constexpr int kThreads = Conv2d::threads(kOutputs);
@@ -339,7 +353,7 @@ __device__ __forceinline__ void run(const Conv2d& p, const void* workspace, cons
   if (last > 0) {
     Input<T, kProducts, kThreads> input;
     copy_filters(0);
-    input.fetch(p, pixels, common, thread, 0);
+    input.fetch(p, operands, pixels, common, thread, 0);
     input.stash(p, thread, slabs);
     copies_done();
     __syncthreads();
@@ -348,7 +362,7 @@ __device__ __forceinline__ void run(const Conv2d& p, const void* workspace, cons
       const bool more = slab + 1 < last;
       if (more) {
         copy_filters(slab + 1);
-        input.fetch(p, pixels, common, thread, slab + 1);
+        input.fetch(p, operands, pixels, common, thread, slab + 1);
       }
       product.add(slabs + slab % 2 * kPixelBytes, slabs + 2 * kPixelBytes + slab % 2 * kFilterBytes, slab);
       if (more) input.stash(p, thread, slabs + (slab + 1) % 2 * kPixelBytes);
@@ -361,7 +375,7 @@ __device__ __forceinline__ void run(const Conv2d& p, const void* workspace, cons
   place_pixels(true);
   float* const stage = reinterpret_cast<float*>(slabs);
   const int each = kOutputs / p.halves, first_output = common.tile * each;
-  T* const out = static_cast<T*>(p.out);
+  T* const out = static_cast<T*>(operands.out());
   IRT_ROLL
   for (int step = 0; step < Share::kSteps; ++step) {
     product.put(step, stage);
@@ -378,6 +392,11 @@ __device__ __forceinline__ void run(const Conv2d& p, const void* workspace, cons
     }
     __syncthreads();
   }
+}
+
+template <class T, Products kProducts, int kOutputs, class Finish>
+__device__ __forceinline__ void run(const Conv2d& p, const void* workspace, const Finish& finish) {
+  run<T, kProducts, kOutputs>(p, workspace, finish, Given{p});
 }
 
 // ---- what finishes a sum -------------------------------------------------------------------------------------------
@@ -400,6 +419,13 @@ __device__ __forceinline__ float activated(int act, float x, float alpha) {
     case Act::tanh: return activate<T, Act::tanh>(x, alpha);
   }
   return x;
+}
+
+// What ends a styled layer: NaN passes the bound.
+template <class T>
+__device__ __forceinline__ float styled(int act, float x, float alpha, float gain, float bound) {
+  x = activated<T>(act, x, alpha) * gain;
+  return x < -bound ? -bound : x > bound ? bound : x;
 }
 
 }  // namespace conv2d

@@ -176,7 +176,7 @@ def _triton_refuses(x: Tensor, weight: Tensor, *_: object) -> Iterator[str]:
         yield f"{x.shape[0]} images of {max(weight.shape[:2])} channels have more factors than 32 bits count"
 
 
-def _cpu_refuses(
+def _native_refuses(
     x: Tensor,
     weight: Tensor,
     style: Tensor,
@@ -271,8 +271,10 @@ SPEC = OpSpec(
     reference=_reference,
     out=_out,
     lanes={
+        "cuda": Lane(refuses=_native_refuses),
+        "cupy": Lane(refuses=_native_refuses),
         "triton": Lane(refuses=_triton_refuses),
-        "cpu": Lane(dtypes=frozenset({torch.float32, torch.bfloat16}), refuses=_cpu_refuses, numerics=_cpu_numerics),
+        "cpu": Lane(dtypes=frozenset({torch.float32, torch.bfloat16}), refuses=_native_refuses, numerics=_cpu_numerics),
     },
     samples=_samples,
     cost=_cost,
@@ -337,7 +339,7 @@ def modulated_conv2d(
     if x.dim() != 4 or weight.dim() != 4:
         raise ValueError(f"x is {tuple(x.shape)}, weight {tuple(weight.shape)}; accepted: 4-D tensors")
     pads = weight.shape[3] // 2 if padding is None else padding
-    f = None if resample_filter is None or up == down else as_filter(resample_filter, x)
+    f = None if resample_filter is None or up == down else as_filter(resample_filter, x, "resample_filter")
     amplified = default_gain(activation) if gain is None else gain
     return _call(  # type: ignore[no-any-return]
         x, weight, style, demodulate, eps, weight_gain, up, down, pads, flip_weight, f, noise, noise_strength, bias,

@@ -11,6 +11,7 @@ four that count; where the filter is an outer product, kernels filter rows and c
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from numbers import Integral
 
 import torch
 from torch import Tensor
@@ -104,6 +105,8 @@ SPEC = OpSpec(
     reference=_reference,
     out=_out,
     lanes={
+        "cuda": Lane(),
+        "cupy": Lane(),
         "triton": Lane(),
         "cpu": Lane(dtypes=frozenset({torch.float32, torch.bfloat16}), refuses=_cpu_refuses),
     },
@@ -114,10 +117,12 @@ SPEC = OpSpec(
 _call = register(SPEC)
 
 
-def as_filter(f: Tensor | None, like: Tensor) -> Tensor:
+def as_filter(f: Tensor | None, like: Tensor, name: str = "f") -> Tensor:
     """A filter as (rows, columns), in the dtype of `like`'s sums: of one dimension for rows and columns, None is 1."""
     if f is None:
         return torch.ones((1, 1), dtype=dtype_of_sums(like), device=like.device)
+    if not isinstance(f, Tensor):
+        raise ValueError(f"{name} is a {type(f).__name__}; accepted: a tensor, (rows, columns) or (taps,), or None")
     f = f.to(dtype_of_sums(like))
     return f[:, None] * f[None] if f.dim() == 1 else f
 
@@ -151,8 +156,8 @@ def upfirdn2d(
 
     Sums are float32, rounded once. Source: Karras et al., CVPR 2020, appendix B.
     """
-    pairs = [[n, n] if isinstance(n, int) else list(n) for n in (up, down)]
-    sides = [padding] * 4 if isinstance(padding, int) else list(padding)
+    pairs = [[int(n)] * 2 if isinstance(n, Integral) else list(n) for n in (up, down)]
+    sides = [int(padding)] * 4 if isinstance(padding, Integral) else list(padding)
     if len(sides) == 2:
         sides = [sides[0], sides[0], sides[1], sides[1]]
     return _call(x, as_filter(f, x), *pairs, sides, flip_filter, gain)  # type: ignore[no-any-return]
