@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import inpaintrt as irt
 from inpaintrt import models
@@ -41,6 +42,18 @@ def labels(network, batch=2):
 def row(model, *args):
     (found,) = (r for r in irt.explain(model, *args).rows if r["module"] == "(model)")
     return found
+
+
+class Operations(TorchDispatchMode):
+    """Notes what torch runs."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(str(func))
+        return func(*args, **(kwargs or {}))
 
 
 @torch.no_grad()
@@ -215,6 +228,39 @@ def test_bf16():
     assert not torch.equal(got, expected)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("precision", [None, "bf16"])
+def test_a_16_bit_torso(dtype, precision):
+    """`use_fp16` of the public configurations, before or after accelerating: fused, and no further from float32."""
+    network, args, given = small("legacy_updown_film")
+    with torch.no_grad():
+        exact = network(*args)
+    irt.accelerate(network, **({"precision": precision} if precision else {}))
+    network.convert_torso(dtype)
+    again = irt.accelerate(irt.restore(copy.deepcopy(network)))
+    for model in (network, again):
+        assert row(model, *args)["why not"] is None
+        with torch.no_grad(), launches() as heard:
+            got = model(*args)
+        with torch.no_grad(), irt.disabled():
+            original = model(*args)
+        assert "group_norm_silu" in {event.op for event in heard}
+        assert (got.dtype, got.stride()) == (original.dtype, original.stride())
+        assert 0 < (got - exact).square().mean() <= 1.2 * (original - exact).square().mean()
+    if dtype == torch.float16:
+        torch.testing.assert_close(got, given["out_fp16torso"], rtol=0, atol=5e-3)
+    table = guided.StepTable(network, args[1][:1], batch=len(args[0]))
+    with torch.no_grad():
+        read, computed = network(args[0], table[0]), network(args[0], args[1][:1].expand(len(args[0])))
+        assert (read - computed).square().mean() <= (original - exact).square().mean()
+        with torch.autocast("cpu", torch.bfloat16):
+            assert "autocast is on" in row(network, *args)["why not"]
+    network.bfloat16()
+    assert "input torch.float32 with weights torch.bfloat16" in "".join(
+        network._inpaintrt.adapter.refuses(network, *args)
+    )
+
+
 # ---- a schedule's embeddings ----------------------------------------------------------------------------------------
 
 
@@ -261,6 +307,42 @@ def test_tables_are_never_stale(write):
         plain = network(x, t.clone(), y)
         assert torch.equal(network(x, t, y), plain)
     assert not torch.equal(plain, before)
+
+
+@pytest.mark.parametrize("at", [1, torch.tensor(1)])
+def test_a_step_that_was_written_to_is_not_read_again(at):
+    """A table hands out the same memory each time."""
+    network = irt.accelerate(painter())
+    x, _ = example()
+    table = guided.StepTable(network, torch.tensor([999, 500]), batch=2)
+    assert hasattr(table[at], guided._ROWS)
+    table[1].sub_(300)
+    assert table[at].tolist() == [200, 200]
+    with torch.no_grad():
+        assert torch.equal(network(x, table[at]), network(x, torch.tensor([200, 200])))
+
+
+def test_tables_hold_each_label_once():
+    network = irt.accelerate(painter(classes=4))
+    steps, y = torch.tensor([999, 500.25, 3]), torch.tensor([3, 0, 3, 3, 0])
+    x = recipe.image("x", 5, 3, 8, 12)
+    for labels_ in (y, y[:2], y[2:4]):
+        images, table = x[: len(labels_)], guided.StepTable(network, steps, labels_)
+        assert table._table.shape[:2] == (3, len(labels_.unique()))
+        with torch.no_grad():
+            plain = network(images, steps[1].expand(len(labels_)), labels_)
+            for at in (1, torch.tensor(1)):
+                torch.testing.assert_close(network(images, table[at], labels_), plain, rtol=1e-5, atol=1e-5)
+
+
+def test_reading_a_table_at_a_tensor_copies_two_rows():
+    """Whatever it does is done again in each replay of a graph."""
+    table = guided.StepTable(painter(), torch.tensor([999, 500]), batch=2)
+    at = torch.tensor(1)
+    with Operations() as counter:
+        table[at]
+    assert sum("index_select" in name for name in counter.names) == 2
+    assert not any(word in name for name in counter.names for word in ("stack", "cat", "copy", "clone"))
 
 
 def test_tables_in_inference_mode():

@@ -253,6 +253,26 @@ def test_errors_are_diffusers_own():
         fused.DPMSolverMultistepScheduler().step(x, torch.tensor(1), x)
 
 
+@pytest.mark.parametrize("name", fused.__all__)
+def test_a_step_before_timesteps_are_set(name):
+    """As diffusers' own; but for its RePaint, which fails without a word on what is missing."""
+    x, results = normal(1, 3, 6, 8), []
+    for scheduler in both(name, {}):
+        more = (x, x[:, :1]) if name == "RePaintScheduler" else ()
+        try:
+            result = scheduler.step(x, scheduler.timesteps[3], x, *more, return_dict=False)
+            results.append(len(result))
+        except (TypeError, ValueError) as error:
+            results.append(str(error)[:38])
+    asked = "Number of inference steps is 'None'"
+    assert results[0] == results[1] or (results[0].startswith(asked) and name in ("DDIMScheduler", "RePaintScheduler"))
+    assert isinstance(results[0], int) or results[0].startswith(asked)
+    if name == "RePaintScheduler":
+        scheduler = fused.RePaintScheduler()
+        with pytest.raises(ValueError, match=f"{asked}; run 'set_timesteps'"):
+            scheduler.undo_step(x, scheduler.timesteps[3])
+
+
 def test_tuples_are_returned_where_asked():
     x = normal(1, 3, 6, 8)
     for name in ("DDPMScheduler", "DDIMScheduler", "EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler"):

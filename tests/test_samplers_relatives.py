@@ -214,6 +214,12 @@ IMAGE, MASK = problem()
         ("ddnm", {"eta": math.nan}, "eta is nan"),
         (
             "ddnm",
+            {"schedule": Schedule.plain(300)},
+            r"schedule has 300 steps, and tables is None; .* or tables=Tables.linear\(\).respaced\(300\)",
+        ),
+        ("ddnm", {"schedule": Schedule.plain(1300)}, r"tables=Tables.linear\(1300\).rescaled\(\)"),
+        (
+            "ddnm",
             {"schedule": Schedule.plain(9), "tables": Tables.linear().respaced(8)},
             "begins at step 8, the tables have 8",
         ),

@@ -8,6 +8,7 @@ import math
 import re
 import warnings
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -53,6 +54,14 @@ class Model(nn.Module):
             + (t.to(torch.float32) / 2000)[:, None, None, None]
         )
         return made.tanh()
+
+
+class Labelled(Model):
+    """Embeds classes by the name that guided-diffusion's networks have for it."""
+
+    def __init__(self):
+        super().__init__()
+        self.label_emb = self.labels
 
 
 # ---- the public order of operations ---------------------------------------------------------------------------------
@@ -348,6 +357,31 @@ def test_classifier_guidance_is_the_gradient():
     assert not found.requires_grad
     with pytest.raises(ValueError, match="labels is None; classifier guidance needs the class"):
         samplers.classifier_guidance(classifier)(image, t)
+    with pytest.raises(ValueError, match=r"the classifier is in training mode; call classifier.eval\(\) first"):
+        samplers.classifier_guidance(nn.Linear(2, 2).train())(image, t, y=y)
+
+
+def test_guidance_in_inference_mode():
+    image, mask = problem(batch=2)
+    options = {"seeds": [1, 2], "schedule": SMALL, "labels": [0, 1]}
+    guidance = samplers.classifier_guidance(lambda x, t: x.square().flatten(2).mean(2) * t[:, None] / 500, scale=2.0)
+    expected = samplers.repaint(Model(), image, mask, guidance=guidance, **options)
+    with torch.inference_mode():
+        got = samplers.repaint(Model(), image.clone(), mask.clone(), guidance=guidance, **options)
+    assert torch.equal(got, expected)
+    assert not torch.equal(got, samplers.repaint(Model(), image, mask, **options))
+
+
+def test_a_schedule_of_more_steps_than_the_models_has_tables():
+    image, mask = problem()
+    told = []
+
+    def model(x, t):
+        told.append(t.item())
+        return torch.cat([0.5 * x, x], 1)
+
+    samplers.repaint(model, image, mask, seeds=1, schedule=Schedule.plain(1250))
+    assert told == pytest.approx([k * 0.8 for k in reversed(range(1250))])
 
 
 def test_guidance_moves_the_samples_to_the_class():
@@ -399,7 +433,9 @@ def fake_inputs(samples=2, size=8):
 
 
 CHAINS = {
-    "repaint": lambda i, s, t: repaint_chain.Fused(i, samplers.repaint_rows(s, t), "epsilon", "learned_range", 1.0),
+    "repaint": lambda i, s, t: repaint_chain.Fused(
+        i, samplers.repaint_rows(s, t), s, t, "epsilon", "learned_range", 1.0
+    ),
     "ddnm": lambda i, s, t: ddnm_chain._DDNM(i, s, t, 0.85, None),
     "sdedit": lambda i, s, t: sdedit_chain._SDEdit(i, t, 5, 2, "fixed_large"),
 }
@@ -421,6 +457,32 @@ def test_no_call_waits_for_the_device(name, monkeypatch):
     assert looks == [chain.calls]
 
 
+VIEWS = {"transposed": lambda x, t: x.transpose(2, 3), "first channel": lambda x, t: x[:, :1].expand_as(x)}
+
+
+@pytest.mark.parametrize("name", ["repaint", "ddnm", "sdedit"])
+@pytest.mark.parametrize("view", VIEWS)
+def test_a_model_may_return_a_view_of_what_it_is_given(name, view):
+    """The next samples are written where it lies."""
+    image = recipe.image("samplers", 2, 3, 12, 12)
+    mask = torch.zeros(1, 1, 12, 12)
+    mask[..., 3:9, 2:7] = 1
+    options = {
+        "repaint": {"schedule": SMALL, "variance": "fixed_small"},
+        "ddnm": {"schedule": SMALL},
+        "sdedit": {"start": 9},
+    }[name]
+    sampler, made = getattr(samplers, name), VIEWS[view]
+    expected = sampler(lambda x, t: made(x, t).clone(), image, mask, seeds=[1, 2], **options)
+    assert torch.equal(sampler(made, image, mask, seeds=[1, 2], **options), expected)
+    if name == "repaint":
+        guided = [
+            sampler(lambda x, t: 0.5 * x, image, mask, seeds=[1, 2], guidance=g, **options)
+            for g in (made, lambda x, t: made(x, t).clone())
+        ]
+        assert torch.equal(*guided)
+
+
 def test_memory_is_used_again():
     image, mask = problem()
     seen = set()
@@ -430,7 +492,20 @@ def test_memory_is_used_again():
         return torch.cat([0.5 * x, x], 1)
 
     samplers.repaint(model, image, mask, seeds=1, schedule=Schedule.repaint(20, jump_length=5, resampling=3))
-    assert len(seen) == 2
+    assert len(seen) == 1
+
+
+@pytest.mark.parametrize("dtype", [np.int64, np.uint8, np.int32])
+def test_numbers_of_numpy_are_accepted(dtype):
+    image, mask = problem(batch=2)
+    run = {"schedule": SMALL, "model": Model(), "image": image, "mask": mask}
+    expected = samplers.repaint(seeds=[0, 1], labels=[3, 4], **run)
+    given = np.arange(2).astype(dtype), np.array([3, 4], dtype)
+    assert torch.equal(samplers.repaint(seeds=given[0], labels=given[1], **run), expected)
+    assert torch.equal(samplers.repaint(seeds=list(given[0]), labels=list(given[1]), **run), expected)
+    one = run | {"image": image[:1], "mask": mask[:1]}
+    assert torch.equal(samplers.repaint(seeds=given[0][1], labels=given[1][0], **one),
+                       samplers.repaint(seeds=1, labels=3, **one))  # fmt: skip
 
 
 # ---- what is refused ------------------------------------------------------------------------------------------------
@@ -455,6 +530,8 @@ IMAGE, MASK = problem(batch=2)
         ({"seeds": []}, "seeds has 0 entries"),
         ({"seeds": [1, 2**64]}, "seeds holds 18446744073709551616; accepted: integers of 64 bits"),
         ({"seeds": [1, 0.5]}, "seeds holds 0.5"),
+        ({"seeds": 1.5}, "seeds holds 1.5; accepted: integers of 64 bits"),
+        ({"seeds": np.array([1.0, 2.0])}, r"seeds holds np.float64\(1.0\)"),
         ({"seeds": torch.zeros(2)}, r"seeds is \(2,\) torch.float32; accepted: int64 \(n,\)"),
         ({"seeds": None}, "seeds and noises are both None; accepted: exactly one"),
         ({"noises": torch.zeros(5, 2, 3, 8, 10)}, "seeds and noises are both given"),
@@ -462,6 +539,9 @@ IMAGE, MASK = problem(batch=2)
         ({"seeds": None, "noises": torch.zeros(51, 3, 3, 8, 10)}, r"noises is \(51, 3, 3, 8, 10\) torch.float32; accepted"),
         ({"seeds": None, "noises": torch.zeros(51, 2, 3, 8, 9)}, r"accepted: \(draws, 2·k, 3, 8, 10\), float32"),
         ({"labels": [1, 2, 3]}, r"labels is \(3,\) torch.int64; accepted: int64, 1, 2 \(images\) or 2 \(samples\) entries"),
+        ({"labels": [1, 10], "model": Labelled()}, "labels holds 10; accepted: 0 to 9, the model's classes"),
+        ({"labels": -1, "model": Labelled()}, "labels holds -1; accepted: 0 to 9"),
+        ({"model_kwargs": {"y": torch.tensor([1, 11])}, "model": Labelled()}, "labels holds 11; accepted: 0 to 9"),
         ({"labels": [0.5, 1.0]}, r"labels is \(2,\) torch.float32"),
         ({"labels": [1, 2], "model_kwargs": {"y": None}}, r"labels and model_kwargs\['y'\] are both given"),
         ({"variance": "fixed"}, "variance is 'fixed'; accepted: learned_range, learned, fixed_small, fixed_large"),

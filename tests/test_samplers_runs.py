@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
+import math
 import os
 import pickle
 import signal
@@ -18,7 +20,7 @@ from torch import nn
 
 from inpaintrt import samplers
 from inpaintrt.runtime.errors import InpaintRTError
-from inpaintrt.samplers import Cancelled, Checkpoint, CheckpointError, Schedule
+from inpaintrt.samplers import Cancelled, Checkpoint, CheckpointError, Schedule, Tables, loop
 from inpaintrt.samplers.checkpoint import digest, digest_of_model
 from inpaintrt.testing import recipe
 
@@ -99,11 +101,43 @@ def test_cancelling_ends_between_two_calls(name):
     assert str(pickle.loads(pickle.dumps(caught.value))) == str(caught.value)
 
 
+class Event:
+    finished = False
+
+    def query(self):
+        return self.finished
+
+
+def test_calls_that_wait_on_a_gpu_are_not_done(monkeypatch):
+    """What a GPU was given and has not finished yet is time that is left, and nothing waits for it."""
+    events, told = [], []
+
+    class Stream:
+        def record_event(self):
+            events.append(Event())
+            return events[-1]
+
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream())
+    monkeypatch.setattr(loop, "_counter", lambda device, counter=loop._counter: counter(torch.device("cuda")))
+
+    def progress(p):
+        told.append(p)
+        if len(events) in (4, 8):  # the first three are finished, then five
+            for event in events[: len(events) // 2 + 1]:
+                event.finished = True
+
+    sample(progress=progress)
+    assert [p.done for p in told] == [0] * 4 + [3] * 4 + [5] * 12 + [CALLS]
+    assert told[0].seconds_left == math.inf
+    assert told[6].seconds_left == pytest.approx(told[6].seconds / 3 * (CALLS - 3))
+    assert told[-1].seconds_left == 0
+
+
 # ---- checkpoints ----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", RUNS)
-@pytest.mark.parametrize("at", [0, 1, 9, 10, 19])
+@pytest.mark.parametrize("at", [1, 9, 10, 19])
 def test_a_run_that_was_killed_goes_on_bit_for_bit(name, at, tmp_path):
     """Also at the border of two passes, call 10 of SDEdit."""
     whole = sample(name)
@@ -117,6 +151,21 @@ def test_a_run_that_was_killed_goes_on_bit_for_bit(name, at, tmp_path):
     assert (next(model.count), told[0].done) == (CALLS - at, at + 1)
     assert told[0].seconds_left == pytest.approx(told[0].seconds * (CALLS - at - 1)), "the rate is of this run's calls"
     assert not list(tmp_path.iterdir()), "nothing is left when the result is there"
+
+
+@pytest.mark.parametrize(("at", "seconds"), [(0, 0), (0, 60), (5, 60)])
+def test_a_run_that_fails_before_there_is_work_to_keep_leaves_no_file(at, seconds, tmp_path):
+    """It would refuse the corrected call, being another run's."""
+    checkpoint = Checkpoint(tmp_path / "run", seconds)
+    with pytest.raises(Killed):
+        sample(model=Model(at, kill), checkpoint=checkpoint)
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(ValueError, match="the model returned"):
+        sample(model=lambda x, t: x, checkpoint=checkpoint)
+    assert torch.equal(sample(checkpoint=checkpoint), sample())
+    with pytest.raises(Cancelled):
+        sample(cancel=lambda: True, checkpoint=checkpoint)
+    assert [p.name for p in tmp_path.iterdir()] == ["run"]
 
 
 def test_a_cancelled_run_goes_on(tmp_path):
@@ -188,6 +237,55 @@ def test_a_checkpoint_of_another_run_is_refused(changed, named, tmp_path):
     with pytest.raises(CheckpointError, match=f"checkpoint of another run, with other {named}; remove it"):
         sample(checkpoint=Checkpoint(path), **changed)
     assert path.read_bytes() == content
+
+
+TABLES = Tables.linear().respaced("ddim12")
+
+
+@pytest.mark.parametrize(
+    ("name", "first", "second", "named"),
+    [
+        ("sdedit", {"passes": 2}, {"passes": 3}, "start, passes or tables"),
+        ("sdedit", {"passes": 2, "start": 5}, {"passes": 1, "start": 10}, "start, passes or tables"),
+        *(
+            (name, {"tables": TABLES}, {"tables": Tables(TABLES.betas, TABLES.timesteps + 1)}, "schedule or tables")
+            for name in ("repaint", "ddnm")
+        ),
+        ("sdedit", {"tables": Tables.linear()}, {"tables": Tables.linear().rescaled(900)}, "start, passes or tables"),
+    ],
+)
+def test_what_the_model_is_told_and_how_often_is_part_of_a_run(name, first, second, named, tmp_path):
+    path = tmp_path / "run"
+    with pytest.raises(Killed):
+        sample(name, Model(4, kill), checkpoint=Checkpoint(path, 0), **first)
+    with pytest.raises(CheckpointError, match=f"with other {named};"):
+        sample(name, checkpoint=Checkpoint(path), **second)
+
+
+class Classifier(nn.Module):
+    def __init__(self, weight=1.0):
+        super().__init__()
+        self.weight = nn.Parameter(torch.tensor(weight))
+        self.eval()
+
+    def forward(self, x, t):
+        return self.weight * torch.stack([x.mean((1, 2, 3)), -x.mean((1, 2, 3))], 1)
+
+
+def test_another_guidance_is_another_run(tmp_path):
+    path = tmp_path / "run"
+
+    def guided(classifier, scale, model=None):
+        return sample(model=model, labels=0, guidance=samplers.classifier_guidance(classifier, scale),
+                      checkpoint=Checkpoint(path, 0))  # fmt: skip
+
+    with pytest.raises(Killed):
+        guided(Classifier(), 3.0, Model(4, kill))
+    for other in ((Classifier(), 2.0), (Classifier(0.5), 3.0), (lambda x, t: Classifier()(x, t), 3.0)):
+        with pytest.raises(CheckpointError, match="with other guidance;"):
+            guided(*other)
+    guided(Classifier(), 3.0)
+    assert not path.exists()
 
 
 def test_other_weights_are_another_run(tmp_path):
@@ -309,3 +407,60 @@ def test_digests_of_models():
     assert digest_of_model(a.to(memory_format=torch.channels_last)) == digest_of_model(b)
     assert digest_of_model(nn.Identity()) == digest_of_model(nn.Identity())
     assert digest_of_model(kill) != digest_of_model(problem)
+
+
+class Wrapper:
+    def __init__(self, network):
+        self.network, self.calls, self.seen = network, 0, []
+
+    def __call__(self, x, t):
+        self.calls += 1
+        self.seen.append(x)
+        return self.network(x)
+
+
+NETWORK = nn.Linear(2, 2)
+
+
+def scaled(factor, weight=None, *, bias=0.0):
+    def model(x, t, more=bias):
+        return factor * x + (0 if weight is None else weight) + more
+
+    return model
+
+
+def test_digests_of_functions_and_objects():
+    a, b = nn.Linear(2, 2), nn.Linear(2, 2)
+    different = [
+        scaled(1.0), scaled(2.0), scaled(1.0, torch.ones(1)), scaled(1.0, torch.zeros(1)), scaled(1.0, bias=1.0), scaled(a),
+        scaled(b), scaled((1.0, 2.0)), scaled(scaled(3.0)), scaled(scaled(4.0)), Wrapper(a), Wrapper(b), lambda x, t: 0.5 * x,
+        lambda x, t: 0.6 * x, lambda x, t: a(x), lambda x, t: b(x), functools.partial(scaled, 1.0),
+        functools.partial(scaled, 2.0), a.forward, b.forward, Wrapper(b).__call__, scaled, None,
+        samplers.classifier_guidance(a, 1.0), samplers.classifier_guidance(a, 2.0), samplers.classifier_guidance(b, 1.0),
+    ]  # fmt: skip
+    assert len({digest_of_model(model) for model in different}) == len(different)
+    for make in (lambda: scaled(1.0, torch.ones(1)), lambda: Wrapper(a), lambda: functools.partial(scaled, 1.0)):
+        assert digest_of_model(make()) == digest_of_model(make())
+    calls, model = [], Wrapper(a)
+
+    def noting(x, t):
+        calls.append(t)
+        return noting if x is None else NETWORK(x)
+
+    before = digest_of_model(model), digest_of_model(noting)
+    model(torch.ones(2), 0)
+    noting(torch.ones(2), 0)
+    assert (digest_of_model(model), digest_of_model(noting)) == before, "what is noted is not what is computed"
+    with torch.no_grad():
+        NETWORK.weight.add_(1)
+        a.weight.add_(1)
+    assert digest_of_model(model) != before[0]
+    assert digest_of_model(noting) != before[1]
+
+
+def test_digests_of_functions_are_those_of_other_processes():
+    program = "import sys; sys.path.insert(0, {!r}); import test_samplers_runs as t; print(t.digest_of_model(t.scaled(t.sample)))"
+    command = [sys.executable, "-P", "-c", program.format(os.path.dirname(__file__))]
+    assert subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip() == digest_of_model(
+        scaled(sample)
+    )

@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from inpaintrt.samplers import Schedule, Tables
+from inpaintrt.ops.sampler_step import ROW
+from inpaintrt.samplers import Schedule, Tables, repaint_rows
 from inpaintrt.samplers import schedule as schedule_module
-from inpaintrt.samplers.tables import kept_steps
+from inpaintrt.samplers.tables import default_tables, kept_steps
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 TABLES = json.loads((GOLDEN / "repaint_tables/case.json").read_text())
@@ -101,7 +102,8 @@ def test_one_step_is_a_process():
         (lambda: Tables([0.1, float("nan")]), r"betas\[1\] is nan"),
         (lambda: Tables([0.1, 0.2], [3, 3]), r"timesteps is \[3, 3\]; accepted: increasing"),
         (lambda: Tables([0.1, 0.2], [-1, 3]), r"from 0 or more"),
-        (lambda: Tables([0.1, 0.2], [0.0, 1.0]), r"float64; accepted: \(2,\), integers"),
+        (lambda: Tables([0.1, 0.2], ["0", "1"]), r"<U1; accepted: \(2,\), numbers"),
+        (lambda: Tables([0.1, 0.2], [0.0, float("nan")]), r"timesteps is \[ ?0., nan\]; accepted: increasing"),
         (lambda: Tables.linear(20), "steps is 20; accepted: at least 21"),
         (lambda: Tables.cosine(0), "steps is 0"),
         (lambda: Tables.linear().respaced(1001), "1001 of the 1000 steps in section 0"),
@@ -168,6 +170,22 @@ def test_slowed_has_the_calls_and_no_jumps():
     assert len(slowed.calls) == len(schedule.calls) == slowed.steps == 130
     assert all(call.undo == 0 for call in slowed.calls)
     slowed.check(Tables.linear().respaced(slowed.steps))
+
+
+def test_more_steps_than_the_model_knows_are_told_in_fractions():
+    """guided-diffusion's rescale_timesteps; the noise at a fraction of the way is that of the model's own process."""
+    slowed = Schedule.repaint().slowed()
+    tables = default_tables(slowed.steps)
+    assert slowed.steps == len(tables) == 2410
+    assert tables.timesteps.dtype == np.float32
+    assert np.allclose(tables.timesteps, np.arange(2410) * 1000 / 2410)
+    own = Tables.linear()
+    expected = np.interp(tables.timesteps, own.timesteps, np.log(own.alphas_cumprod))
+    assert np.abs(np.log(tables.alphas_cumprod) - expected)[2:].max() < 0.06, "of 10"
+    rows = repaint_rows(slowed, tables)
+    assert np.array_equal(rows[:, ROW.index("timestep")], tables.timesteps[::-1])
+    assert default_tables(250).timesteps.dtype == np.int64
+    assert tables.respaced(10).timesteps[-1] == tables.timesteps[-1]
 
 
 @pytest.mark.parametrize(

@@ -125,7 +125,7 @@ def embedding(network: Network, timesteps: Tensor, y: Tensor | None) -> Tensor:
     return F.silu(emb if network.labels is None else emb + network.labels(y))
 
 
-def modulations(network: Network, timesteps: Tensor, y: Tensor | None) -> list[Tensor]:
+def modulations(network: Network, timesteps: Tensor, y: Tensor | None) -> Sequence[Tensor]:
     """What every residual block makes of the embedding, in their order: (B, channels or twice as many)."""
     if (rows := kept(network, timesteps, y)) is not None:
         return rows
@@ -134,8 +134,17 @@ def modulations(network: Network, timesteps: Tensor, y: Tensor | None) -> list[T
         return [modulated(block.linear, emb) for block in network.residuals]
 
 
+def has_half_torso(network: Network) -> bool:
+    """Whether convolutions in blocks are 16 bits wide, and all else float32: `use_fp16` of the public configurations."""
+    sides = network.first.weight.dtype, network.last.weight.dtype
+    return sides in ((torch.float16, torch.float32), (torch.bfloat16, torch.float32))
+
+
 def denoised(network: Network, x: Tensor, rows: Sequence[Tensor]) -> Tensor:
-    """The network's output for images and what residual blocks are given."""
+    """The network's output for images and what residual blocks are given.
+
+    Of a 16-bit torso the image is cast at its border, as the public code does.
+    """
     formats = memory_format_of(x), memory_format_of(network.last.weight)
     given = iter(rows)
 
@@ -145,7 +154,9 @@ def denoised(network: Network, x: Tensor, rows: Sequence[Tensor]) -> Tensor:
         return h
 
     first, last = network.first, network.last
-    h = convolved(first, x.contiguous(memory_format=torch.channels_last), first.weight, first.bias)
+    halved = has_half_torso(network)
+    h = x.contiguous(memory_format=torch.channels_last)
+    h = convolved(first, h.to(first.weight.dtype) if halved else h, first.weight, first.bias)
     skips = [h]
     for blocks in network.down:
         h = run(blocks, h)
@@ -153,7 +164,7 @@ def denoised(network: Network, x: Tensor, rows: Sequence[Tensor]) -> Tensor:
     h = run(network.middle, h)
     for blocks in network.up:
         h = run(blocks, (h, skips.pop()))
-    h = convolved(last, normed(network.norm, h), last.weight, last.bias)
+    h = convolved(last, normed(network.norm, h.to(x.dtype) if halved else h), last.weight, last.bias)
     return h.contiguous(
         memory_format=torch.channels_last if torch.channels_last in formats else torch.contiguous_format
     )
@@ -165,7 +176,7 @@ _ROWS = "_inpaintrt_rows"
 
 
 class StepTable:
-    """What every residual block of a UNet makes of each timestep of a schedule, computed once.
+    """What every residual block of a UNet makes of each timestep of a schedule (and each label), computed once.
 
     `table[i]` is a plain tensor of timesteps that carries its row: `model(x, table[i], y)` computes with it what it would
     compute with `timesteps[i]`, and an accelerated model reads the row instead of multiplying by the weights of some forty
@@ -194,26 +205,32 @@ class StepTable:
                 f"timesteps is {tuple(timesteps.shape)}, y {None if y is None else tuple(y.shape)}; accepted: (N,), and "
                 f"{'None' if network.labels is None else '(B,)'}"
             )
-        self._y, count = y, batch if y is None else len(y)
+        self._y, self._count = y, batch if y is None else len(y)
         with torch.no_grad(), torch.autocast(timesteps.device.type, enabled=False):
-            self._steps = [step.repeat(count) for step in timesteps]
-            each = [embedding(network, step, y) for step in (self._steps if y is not None else timesteps[:, None])]
-            emb = torch.stack(each)
-            self._tables = [modulated(block.linear, emb) for block in network.residuals]
-        self._state = _state_of(network)
+            self._steps = timesteps[:, None].repeat(1, self._count)
+            labels, places = (None, None) if y is None else y.unique(return_inverse=True)
+            each = timesteps[:, None].expand(-1, 1 if labels is None else len(labels))
+            emb = torch.stack([embedding(network, step, labels) for step in each])
+            self._table = torch.cat([modulated(block.linear, emb) for block in network.residuals], dim=2)
+        self._places: Tensor | None = None if labels is None or len(labels) == 1 else places
+        self._widths = [block.linear.out_features for block in network.residuals]
+        self._state, self._version = _state_of(network), _version(self._steps)
 
     def __len__(self) -> int:
         return len(self._steps)
 
-    def __getitem__(self, i: int) -> Tensor:
-        """(B,) timesteps of step i, which carry what the blocks need."""
-        step = self._steps[i]
-        rows = [table[i].expand(len(step), -1) for table in self._tables]
-        step.__dict__[_ROWS] = rows, self._state, self._y, _version(step)
+    def __getitem__(self, i: int | Tensor) -> Tensor:
+        """(B,) timesteps of step i, which carry what the blocks need. A tensor, int64 (), is not read by the host."""
+        step, row = (
+            t[i] if isinstance(i, int) else t.index_select(0, i.reshape(1))[0] for t in (self._steps, self._table)
+        )
+        row = row.expand(self._count, -1) if self._places is None else row.index_select(0, self._places)
+        if _version(self._steps) == self._version:  # else a step was written to, and this may be it
+            step.__dict__[_ROWS] = row.split(self._widths, dim=1), self._state, self._y, _version(step)
         return step
 
 
-def kept(network: Network, timesteps: Tensor, y: Tensor | None) -> list[Tensor] | None:
+def kept(network: Network, timesteps: Tensor, y: Tensor | None) -> Sequence[Tensor] | None:
     """The rows that timesteps carry, where they still hold for this network and these labels."""
     carried = None if torch.compiler.is_compiling() else timesteps.__dict__.get(_ROWS)
     if carried is None:
@@ -404,7 +421,11 @@ class UNetAdapter:
     def forward(self, module: Any, x: Tensor, timesteps: Tensor, y: Tensor | None = None, *_: Any, **__: Any) -> Tensor:
         network, _wiring = read(module)
         assert isinstance(network, Network)
-        return denoised(network, x, modulations(network, timesteps, y))
+        rows = modulations(network, timesteps, y)
+        if not has_half_torso(network):
+            return denoised(network, x, rows)
+        with torch.autocast(x.device.type, enabled=False):  # precision="bf16" is for weights of float32
+            return denoised(network, x, rows)
 
     def step_table(self, module: Any, timesteps: Tensor, y: Tensor | None, batch: int) -> StepTable:
         return StepTable(module, timesteps, y, batch=batch)
@@ -418,9 +439,12 @@ class UNetAdapter:
             yield f"called with arguments beyond image, timesteps and labels ({', '.join(keywords) or len(args)})"
             return
         x, t, y = (*args, None, None)[:3] if args else (None, None, None)
-        yield from refuses_tensor(x, network.first.weight, network.first.in_channels)
+        halved = has_half_torso(network)
+        yield from refuses_tensor(x, (network.last if halved else network.first).weight, network.first.in_channels)
         if not isinstance(x, Tensor) or x.dim() != 4:
             return
+        if halved and torch.is_autocast_enabled(x.device.type):
+            yield "its blocks are 16 bits wide already, and autocast is on"
         if not isinstance(t, Tensor) or t.shape != (len(x),) or t.device != x.device:
             yield "timesteps are not one number for each image, on its device"
         if (y is None) != (network.labels is None) or (

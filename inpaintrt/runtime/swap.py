@@ -12,7 +12,7 @@ import copy
 import copyreg
 import functools
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -41,7 +41,7 @@ class Adapter(Protocol):
     # gives them, omitted ones at their defaults. Without it such calls are the original's. `holds = True`, also optional:
     # what the module contains is swapped by itself, and called by its fused forward.
     # `takes_keywords = True`, optional as well: forward and refuses take the other keywords by name.
-    # `step_table(module, timesteps, y, batch)`, of diffusion networks: a sequence of timesteps that carry their embeddings.
+    # `step_table(module, timesteps, y, batch)`, of diffusion networks: a `StepTable`.
 
     def match(self, module: nn.Module) -> str | None:
         """None: can be swapped. "": not this kind of module. Otherwise: of this kind, and why it cannot be swapped."""
@@ -68,9 +68,18 @@ class Record:
     """What the probe found worth telling although the swap is kept."""
 
 
-def step_tables(model: object) -> Callable[[Tensor, Tensor | None, int], Sequence[Tensor]] | None:
-    """What turns timesteps (N,), labels (batch,) or None and the batch into timesteps that carry what the fused forward of a
-    swapped diffusion network makes of them, each (batch,). None for any other model."""
+class StepTable(Protocol):
+    """Timesteps of a schedule, each (batch,), which carry what a swapped network makes of them."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, i: int | Tensor) -> Tensor:
+        """Of a number, or of an int64 tensor () on their device, which the host does not read."""
+
+
+def step_tables(model: object) -> Callable[[Tensor, Tensor | None, int], StepTable] | None:
+    """What turns timesteps (N,), labels (batch,) or None and the batch into a `StepTable` of a swapped diffusion network.
+    None for any other model."""
     record = record_of(model) if isinstance(model, nn.Module) else None
     make = getattr(record and record.adapter, "step_table", None)
     return None if make is None else functools.partial(make, model)

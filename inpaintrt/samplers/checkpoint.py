@@ -6,10 +6,15 @@ is, as digests, and is taken up by no other.
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import hashlib
+import inspect
+import numbers
 import os
 import secrets
-from collections.abc import Mapping
+import types
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +31,10 @@ _FORMAT = "inpaintrt sampler 1"
 class Checkpoint:
     """Where a run keeps its state, and how often.
 
-    The file is replaced as a whole, so that it is always one state or another, and removed when the run has its result.
+    The file is replaced as a whole, so that it is always one state or another, and removed when the run has its result, or
+    when it fails before there was any work to keep. A run is told from others by all its arguments. Of a model and of guidance
+    that are functions or objects of your own, what they compute with is compared as far as it can be seen: code, and the
+    numbers, tensors and networks that they hold, but nothing in lists, in mappings, or in a module's functions that they call.
 
     Args:
         path: of the file; its folder exists. A file that is there is continued from if it is of the same run.
@@ -108,10 +116,46 @@ def digest(*values: Any) -> str:
 
 
 def digest_of_model(model: Any) -> str:
-    """Of its weights' names, shapes and some of their values: enough to tell two checkpoints of a network apart."""
-    if not isinstance(model, nn.Module):
-        return digest(getattr(model, "__qualname__", type(model).__qualname__))
-    weights = model.state_dict()
-    some = [t[tuple(slice(None, None, max(1, -(-n // 2))) for n in t.shape)].flatten() for t in weights.values()]
-    values = torch.cat([t.to(torch.float32) for t in some]) if some else torch.empty(0)
-    return digest([(name, tuple(t.shape)) for name, t in weights.items()], values)
+    """Of a network: its weights' names, shapes and some of their values, enough to tell two checkpoints apart.
+
+    Of a function: its code, and what that refers to: numbers, strings, tensors, networks, tuples of them, functions inside it.
+    Of another object, such as one with a `__call__`: its class, and of a dataclass the fields, else the networks and tensors
+    among its attributes. Lists and mappings are not looked into, so that what is noted in them makes no other model.
+    """
+    return digest(_plain(model))
+
+
+def _plain(value: Any, within: tuple[int, ...] = ()) -> Any:
+    """What tells a value from others, by its repr, in any process."""
+    if value is None or isinstance(value, (numbers.Number, str, bytes, torch.dtype, torch.device)):
+        return value
+    if isinstance(value, Tensor):
+        return digest(value)
+    if isinstance(value, nn.Module):
+        weights = value.state_dict()
+        some = [t[tuple(slice(None, None, max(1, -(-n // 2))) for n in t.shape)].flatten() for t in weights.values()]
+        values = torch.cat([t.to(torch.float32) for t in some]) if some else torch.empty(0)
+        return digest([(name, tuple(t.shape)) for name, t in weights.items()], values)
+    name = getattr(value, "__qualname__", type(value).__qualname__)
+    if id(value) in within:  # a function that refers to itself
+        return name
+    return name, [_plain(part, (*within, id(value))) for part in _parts(value)]
+
+
+def _parts(value: Any) -> Iterable[Any]:
+    if isinstance(value, tuple):
+        return value
+    if isinstance(value, types.CodeType):
+        return value.co_code, value.co_names, value.co_consts
+    if isinstance(value, types.FunctionType):
+        names = inspect.getclosurevars(value)
+        used = [v for v in names.globals.values() if not isinstance(v, types.FunctionType)]  # no walk through libraries
+        defaults = (*(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values())
+        return value.__code__, *defaults, *names.nonlocals.values(), *used
+    if isinstance(value, types.MethodType):
+        return value.__func__, value.__self__
+    if isinstance(value, functools.partial):
+        return value.func, value.args, tuple(sorted(value.keywords.items()))
+    if dataclasses.is_dataclass(value):
+        return [getattr(value, field.name) for field in dataclasses.fields(value)]
+    return [v for v in getattr(value, "__dict__", {}).values() if isinstance(v, (nn.Module, Tensor))]

@@ -17,7 +17,7 @@ from inpaintrt.ops import linear_step
 
 from .checkpoint import Checkpoint, digest
 from .inputs import Inputs, check_model, is_whole, prepare
-from .loop import Chain, Progress, run
+from .loop import Call, Chain, Progress, entry, run
 from .schedule import Schedule
 from .tables import Array, Tables
 
@@ -39,13 +39,14 @@ def ddnm(
     progress: Callable[[Progress], object] | None = None,
     cancel: Callable[[], bool] | None = None,
     checkpoint: Checkpoint | None = None,
+    cuda_graph: bool = False,
 ) -> Tensor:
     """The images with their holes filled by DDNM: ten to twenty times fewer calls of the model than RePaint, other results.
 
     Args:
         model: called as model(x, t, **model_kwargs), as by `repaint`; predicts noise. A variance that it returns besides,
             (n, 2C, H, W), is not used.
-        image, mask, seeds, labels, paste, model_kwargs, progress, cancel, checkpoint: as in `repaint`.
+        image, mask, seeds, labels, paste, model_kwargs, progress, cancel, checkpoint, cuda_graph: as in `repaint`.
         schedule: default `Schedule.plain(100)`. Time travel is `Schedule.repaint(100, jump_length=…, resampling=…)`.
         tables: default `Tables.linear().respaced("ddimN")`, N the schedule's steps: the public code's spacing.
         eta: share of drawn noise, 0 (none, a deterministic chain without travel) to 1.
@@ -55,21 +56,32 @@ def ddnm(
 
     Returns: as `repaint`.
 
-    Raises: as `repaint`; ValueError too for eta outside [0, 1].
+    Raises: as `repaint`; ValueError too for eta outside [0, 1], and without tables for steps that no whole stride leaves.
     """
     check_model(model)
     if not 0 <= eta <= 1:
         raise ValueError(f"eta is {eta}; accepted: 0 to 1")
     schedule = schedule or Schedule.plain(100)
-    tables = tables or Tables.linear().respaced(f"ddim{schedule.steps}")
+    tables = tables or _spaced(schedule.steps)
     schedule.check(tables)
     inputs = prepare(image, mask, seeds=seeds, noises=noises, labels=labels, model_kwargs=model_kwargs)
     if is_whole(inputs) and paste:
         return inputs.copies()
-    x = run(
-        _DDNM(inputs, schedule, tables, eta, clip), model, progress=progress, cancel=cancel, checkpoint=checkpoint
-    )  # fmt: skip
+    chain = _DDNM(inputs, schedule, tables, eta, clip)
+    x = run(chain, model, progress=progress, cancel=cancel, checkpoint=checkpoint, cuda_graph=cuda_graph)
     return inputs.result(x, paste)
+
+
+def _spaced(steps: int) -> Tables:
+    """The public code's spacing."""
+    try:
+        return Tables.linear().respaced(f"ddim{steps}")
+    except ValueError as error:
+        other = f"Tables.linear().respaced({steps})" if steps <= 1000 else f"Tables.linear({steps}).rescaled()"
+        raise ValueError(
+            f"schedule has {steps} steps, and tables is None; accepted without tables: as many as a whole stride takes of 1000, "
+            f"such as 100, 200, 250, 334, 500 and 1000, or tables={other}"
+        ) from error
 
 
 class _DDNM(Chain):
@@ -104,20 +116,25 @@ class _DDNM(Chain):
         self.x, self._drawn = (self.inputs.normal(0) if noises is None else noises[0].clone()), 0
         self._x0 = torch.empty_like(self.x)
 
-    def advance(self, call: int, output: Tensor, gradient: Tensor | None) -> None:
-        inputs, travels = self.inputs, self._calls[call].undo
+    def kind(self, call: int) -> str | None:
+        return "travel" if self._calls[call].undo else "down"
+
+    def advance(self, call: Call, kind: str | None, output: Tensor, gradient: Tensor | None) -> None:
+        inputs, travels = self.inputs, kind == "travel"
         made = output[:, : self.x.shape[1]].to(torch.float32)
         known = {} if travels else {"known": inputs.known, "mask": inputs.keep}
-        x0 = linear_step([self.x, made], self._predict[call], clip=self._clip, out=self._x0, **known)
+        x0 = linear_step([self.x, made], entry(self._predict, call), clip=self._clip, out=self._x0, **known)
         drawn: dict[str, Any] = {"seeds": inputs.seeds, "call": call}
         if inputs.noises is not None:
             # Of several travelling steps only the last one's noise is left: each starts from the prediction.
-            self._drawn += 1 + travels
+            assert isinstance(call, int), "given noises are taken by number"
+            self._drawn += 1 + self._calls[call].undo
             drawn = {"noise": inputs.noises[self._drawn : self._drawn + 1]}
         if travels:
-            linear_step([x0], self._travel[call], out=self.x, **drawn)
+            linear_step([x0], entry(self._travel, call), out=self.x, **drawn)
         else:
-            linear_step([x0, made], self._down[call], out=self.x, **drawn)
+            linear_step([x0, made], entry(self._down, call), out=self.x, **drawn)
 
     def identity(self) -> dict[str, str]:
-        return {"schedule or tables": digest(self._predict, self._down, self._travel), "options": digest(self._clip)}
+        tables = self.timesteps, self._predict, self._down, self._travel
+        return {"schedule or tables": digest(*tables), "options": digest(self._clip)}

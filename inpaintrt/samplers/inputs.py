@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from inpaintrt.ops import philox_normal
 
@@ -112,6 +113,17 @@ def check_model(model: Callable[..., Any]) -> None:
         raise ValueError("the model is in training mode; call model.eval() first")
 
 
+def check_labels(model: Any, inputs: Inputs) -> None:
+    """That a model which embeds labels as guided-diffusion's do has them: a GPU tells of others by nothing but an assertion."""
+    labels, table = inputs.arguments.get("y"), getattr(model, "label_emb", None)
+    if isinstance(labels, Tensor) and isinstance(table, nn.Embedding):
+        for label in labels.tolist():
+            if not 0 <= label < table.num_embeddings:
+                raise ValueError(
+                    f"labels holds {label}; accepted: 0 to {table.num_embeddings - 1}, the model's classes"
+                )
+
+
 def _check_values(image: Tensor, hole: Tensor, read_hole: bool) -> None:
     wrong_mask = ~((hole >= 0) & (hole <= 1))
     wrong_image = ~((image >= 0) & (image <= 1))
@@ -150,11 +162,11 @@ def _seeds(seeds: int | Sequence[int] | Tensor | None, noises: Tensor | None, im
             )
         own = seeds
     else:
-        numbers = [seeds] if isinstance(seeds, int) else list(seeds or ())
+        numbers: list[Any] = list(seeds) if isinstance(seeds, Iterable) else [seeds]
         for number in numbers:
-            if not isinstance(number, int) or not -(2**63) <= number < 2**64:
+            if not isinstance(number, Integral) or not -(2**63) <= int(number) < 2**64:
                 raise ValueError(f"seeds holds {number!r}; accepted: integers of 64 bits")
-        own = torch.tensor([n - 2**64 if n >= 2**63 else n for n in numbers], dtype=torch.int64)
+        own = torch.tensor([n - 2**64 if n >= 2**63 else n for n in map(int, numbers)], dtype=torch.int64)
     if not len(own) or len(own) % problems:
         raise ValueError(
             f"seeds has {len(own)} entries for {problems} images; accepted: {problems}, or a multiple of it for several "
@@ -175,10 +187,12 @@ def _arguments(
         return arguments
     if "y" in arguments:
         raise ValueError("labels and model_kwargs['y'] are both given; accepted: one of them")
-    own = torch.as_tensor([labels] if isinstance(labels, int) else labels)
-    if own.dim() != 1 or own.dtype != torch.int64 or len(own) not in (1, problems, samples):
+    own = torch.as_tensor(labels)
+    own = own[None] if own.dim() == 0 else own
+    whole = not own.is_floating_point() and own.dtype != torch.bool
+    if own.dim() != 1 or not whole or len(own) not in (1, problems, samples):
         raise ValueError(
             f"labels is {tuple(own.shape)} {own.dtype}; accepted: int64, 1, {problems} (images) or {samples} (samples) entries"
         )
-    arguments["y"] = own.repeat_interleave(samples // len(own)).to(device)
+    arguments["y"] = own.to(device, torch.int64).repeat_interleave(samples // len(own))
     return arguments

@@ -15,15 +15,14 @@ import torch
 from torch import Tensor
 
 from inpaintrt.ops import linear_step, sampler_step
-from inpaintrt.ops.sampler_step import ROW
 
 from .checkpoint import Checkpoint, digest
 from .guidance import Guidance
 from .inputs import Inputs, check_model, is_whole, prepare
-from .loop import Chain, Progress, run
+from .loop import Call, Chain, Progress, entry, run
 from .rows import repaint_rows
 from .schedule import Schedule
-from .tables import Tables
+from .tables import Tables, default_tables
 
 
 def repaint(
@@ -45,19 +44,22 @@ def repaint(
     progress: Callable[[Progress], object] | None = None,
     cancel: Callable[[], bool] | None = None,
     checkpoint: Checkpoint | None = None,
+    cuda_graph: bool = False,
 ) -> Tensor:
     """The images with their holes filled by a diffusion model that knows nothing of holes.
 
     Args:
         model: called as model(x, t, **model_kwargs), x (n, C, H, W) float32 about [−1, 1], t int64 (n,) the step's original
-            number; returns (n, 2C, H, W), prediction and variance, or with a fixed variance (n, C, H, W). In eval mode.
+            number (of rescaled tables float32, a fraction); returns (n, 2C, H, W), prediction and variance, or with a fixed
+            variance (n, C, H, W). In eval mode.
         image: (B, C, H, W), C usually 3 (RGB), floating point in [0, 1]. What lies where mask is 1 is not read.
         mask: (1|B, 1|C, H, W), **1 = hole**, 0 = known; fractions in between blend.
         seeds: one integer of 64 bits for each sample: B, or a multiple for several samples of each image, which come out
             one after the other. A sample depends on its own seed only, not on its batch.
         schedule: default `Schedule.repaint()`: 250 steps, 2410 calls. `schedule.slowed()` compares with as many calls
             without jumps.
-        tables: the process; default `Tables.linear().respaced(schedule.steps)`.
+        tables: the process; default `Tables.linear().respaced(schedule.steps)`, of more than 1000 steps
+            `Tables.linear(schedule.steps).rescaled()`.
         labels: classes, int64: one, B or as many as seeds; the model gets them as y.
         guidance: called as guidance(x, t, **model_kwargs) at every step, returns (n, C, H, W), such as
             `classifier_guidance` makes: the mean grows by variance times it.
@@ -71,6 +73,8 @@ def repaint(
         progress: called with `Progress` after each call.
         cancel: asked before each call; True ends the run by `Cancelled`, with its state in the checkpoint if there is one.
         checkpoint: where the state is kept; the same call again goes on from it.
+        cuda_graph: on a GPU, record a call of the model, what guidance adds and the step, and replay it for all others. The
+            model must do the same at each call, in the same memory, without reading from the device.
 
     Returns:
         (n, C, H, W) in [0, 1], of image's dtype. With paste and no hole anywhere, copies of the images: the model does not
@@ -78,23 +82,24 @@ def repaint(
 
     Raises:
         ValueError: an argument of another shape, dtype or range; both or neither of seeds and noises; seeds that are no
-            multiple of the images; a schedule that does not fit the tables; a model that returns another shape, or trains.
-        InpaintRTError: the model returned NaN or Inf. Found at the end or at a checkpoint, it tells between which calls.
+            multiple of the images; a schedule that does not fit the tables; a model that returns another shape, trains, or
+            lacks a label's class; cuda_graph with noises, or on another device than a GPU.
+        InpaintRTError: the model returned NaN or, without clip, Inf, found at the end or at a checkpoint: it tells between which
+            calls. Or its call cannot be recorded for cuda_graph.
         Cancelled, CheckpointError: as said above.
     """
     check_model(model)
     schedule = schedule or Schedule.repaint()
-    tables = tables or Tables.linear().respaced(schedule.steps)
+    tables = tables or default_tables(schedule.steps)
     rows = repaint_rows(schedule, tables, variance=variance)
     inputs = prepare(image, mask, seeds=seeds, noises=noises, labels=labels, model_kwargs=model_kwargs)
     if is_whole(inputs) and paste:
         return inputs.copies()
-    chain: Chain
-    if noises is None:
-        chain = Fused(inputs, rows, prediction, variance, clip)
-    else:
-        chain = Reference(inputs, rows, prediction, variance, clip, schedule, tables)
-    x = run(chain, model, guidance=guidance, progress=progress, cancel=cancel, checkpoint=checkpoint)
+    made = Fused if noises is None else Reference
+    chain = made(inputs, rows, schedule, tables, prediction, variance, clip)
+    x = run(
+        chain, model, guidance=guidance, progress=progress, cancel=cancel, checkpoint=checkpoint, cuda_graph=cuda_graph
+    )  # fmt: skip
     return inputs.result(x, paste)
 
 
@@ -109,11 +114,15 @@ class Fused(Chain):
 
     name = "repaint"
 
-    def __init__(self, inputs: Inputs, rows: Tensor, prediction: str, variance: str, clip: float | None) -> None:
+    def __init__(
+        self, inputs: Inputs, rows: Tensor, schedule: Schedule, tables: Tables, prediction: str, variance: str,
+        clip: float | None,
+    ) -> None:  # fmt: skip
         channels = inputs.shape[1]
         fixed = variance.startswith("fixed")
         hint = f" with variance={variance!r}" + ("" if fixed else '; a model without variances: variance="fixed_small"')
-        super().__init__(inputs, rows[:, ROW.index("timestep")].long(), (channels if fixed else 2 * channels,), hint)
+        timesteps = torch.from_numpy(tables.timesteps[[call.step for call in schedule.calls]])
+        super().__init__(inputs, timesteps, (channels if fixed else 2 * channels,), hint)
         self.rows = rows.to(self.device)
         self.options: dict[str, Any] = {
             "prediction": prediction, "variance": "fixed" if fixed else variance, "clip": clip,
@@ -121,28 +130,30 @@ class Fused(Chain):
 
     def begin(self) -> None:
         self.x = self.inputs.normal(0)
-        self._spare, self._x0 = torch.empty_like(self.x), torch.empty_like(self.x)
+        self._x0 = torch.empty_like(self.x)
 
-    def advance(self, call: int, output: Tensor, gradient: Tensor | None) -> None:
+    def kind(self, call: int) -> str | None:
+        return "step"
+
+    def advance(self, call: Call, kind: str | None, output: Tensor, gradient: Tensor | None) -> None:
         inputs = self.inputs
         sampler_step(
-            self.x, output, self.rows[call], known=inputs.known, mask=inputs.keep, seeds=inputs.seeds, call=call,
-            guidance=gradient, out=(self._spare, self._x0), **self.options,
+            self.x, output, entry(self.rows, call), known=inputs.known, mask=inputs.keep, seeds=inputs.seeds, call=call,
+            guidance=gradient, out=(self.x, self._x0), **self.options,
         )  # fmt: skip
-        self.x, self._spare = self._spare, self.x
 
     def identity(self) -> dict[str, str]:
-        return {"schedule or tables": digest(self.rows), "options": digest(self.options)}
+        return {"schedule or tables": digest(self.timesteps, self.rows), "options": digest(self.options)}
 
 
 class Reference(Fused):
     """Given noises, in the public code's order: step; each undo step; the known region before the next call."""
 
     def __init__(
-        self, inputs: Inputs, rows: Tensor, prediction: str, variance: str, clip: float | None, schedule: Schedule,
-        tables: Tables,
+        self, inputs: Inputs, rows: Tensor, schedule: Schedule, tables: Tables, prediction: str, variance: str,
+        clip: float | None,
     ) -> None:  # fmt: skip
-        super().__init__(inputs, rows, prediction, variance, clip)
+        super().__init__(inputs, rows, schedule, tables, prediction, variance, clip)
         assert inputs.noises is not None
         if inputs.noises.shape[0] != draws(schedule):
             raise ValueError(
@@ -162,7 +173,11 @@ class Reference(Fused):
     def begin(self) -> None:
         self.x, self._drawn = self._noises[0].clone(), 1
 
-    def advance(self, call: int, output: Tensor, gradient: Tensor | None) -> None:
+    def kind(self, call: int) -> str | None:
+        return None
+
+    def advance(self, call: Call, kind: str | None, output: Tensor, gradient: Tensor | None) -> None:
+        assert isinstance(call, int), "its calls are of no kind"
         inputs, (step, undo) = self.inputs, self._calls[call]
         z = self._noises[self._drawn : self._drawn + 1]
         self._drawn += 1 if call == 0 else 2  # the known region's was used before this call

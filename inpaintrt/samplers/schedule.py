@@ -108,7 +108,8 @@ class Schedule:
     def slowed(self) -> Schedule:
         """As many calls of the model without jumps: the paper's comparison, which spends the same time on smaller steps.
 
-        It needs tables with that many steps: `Tables.linear(1000).respaced(schedule.slowed().steps)`.
+        It needs tables with that many steps, as the default ones have: of more than the model's 1000 steps,
+        `Tables.linear(n).rescaled()`.
         """
         return Schedule.plain(len(self.calls))
 
@@ -138,7 +139,8 @@ class Schedule:
         if self.steps > len(tables):
             raise ValueError(
                 f"the schedule begins at step {self.steps - 1}, the tables have {len(tables)} steps; "
-                f"accepted: as many, such as Schedule.repaint({len(tables)}), or Tables.respaced({self.steps}) of a longer one"
+                f"accepted: as many, such as Schedule.repaint({len(tables)}), Tables.respaced({self.steps}) of a longer one, or "
+                f"Tables.linear({self.steps}).rescaled()"
             )
         if self.steps < len(tables):
             remaining = tables.alphas_cumprod

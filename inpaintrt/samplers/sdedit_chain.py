@@ -16,7 +16,7 @@ from inpaintrt.ops import linear_step
 
 from .checkpoint import Checkpoint, digest
 from .inputs import Inputs, check_model, is_whole, prepare
-from .loop import Chain, Progress, run
+from .loop import Call, Chain, Progress, entry, run
 from .rows import smaller_log_variance
 from .tables import Array, Tables
 
@@ -38,6 +38,7 @@ def sdedit(
     progress: Callable[[Progress], object] | None = None,
     cancel: Callable[[], bool] | None = None,
     checkpoint: Checkpoint | None = None,
+    cuda_graph: bool = False,
 ) -> Tensor:
     """The images with what lies under the mask made anew from what is there, by a diffusion model.
 
@@ -51,7 +52,7 @@ def sdedit(
         tables: default `Tables.linear()`, 1000 steps.
         variance: "fixed_large" or "fixed_small".
         noises: instead of seeds, (draws, n, C, H, W) float32: for each pass its start, and one for each of its calls.
-        seeds, labels, paste, model_kwargs, progress, cancel, checkpoint: as in `repaint`.
+        seeds, labels, paste, model_kwargs, progress, cancel, checkpoint, cuda_graph: as in `repaint`.
 
     Returns: as `repaint`.
 
@@ -73,7 +74,7 @@ def sdedit(
     if mask is not None and is_whole(inputs) and paste:
         return inputs.copies()
     chain = _SDEdit(inputs, tables, start, passes, variance)
-    x = run(chain, model, progress=progress, cancel=cancel, checkpoint=checkpoint)
+    x = run(chain, model, progress=progress, cancel=cancel, checkpoint=checkpoint, cuda_graph=cuda_graph)
     return inputs.result(x, paste)
 
 
@@ -105,21 +106,28 @@ class _SDEdit(Chain):
     def begin(self) -> None:
         self._guide = self.inputs.known.expand(self.inputs.shape).clone()
         self._known = torch.empty_like(self._guide)
-        self._noise = self._fixed_noise(0)
+        self._noise = self._fixed_noise(0).clone()
         self.x = linear_step([self._guide, self._noise], self._noised[0])
 
-    def advance(self, call: int, output: Tensor, gradient: Tensor | None) -> None:
-        inputs = self.inputs
-        turn, at = divmod(call, self._start)
+    def kind(self, call: int) -> str | None:
+        return None if self._turns(call) else "step"
+
+    def _turns(self, call: int) -> bool:
+        """Whether another pass begins after this call."""
+        return (call + 1) % self._start == 0 and call + 1 < self.calls
+
+    def advance(self, call: Call, kind: str | None, output: Tensor, gradient: Tensor | None) -> None:
+        inputs, at = self.inputs, call % self._start
         made = output[:, : self.x.shape[1]].to(torch.float32)
-        linear_step([self._guide, self._noise], self._noised[at], out=self._known)
+        linear_step([self._guide, self._noise], entry(self._noised, at), out=self._known)
         drawn: dict[str, Any] = {"seeds": inputs.seeds, "call": call}
         if inputs.noises is not None:
-            drawn = {"noise": inputs.noises[call + turn + 1][None]}
-        linear_step([self.x, made], self._reverse[at], known=self._known, mask=inputs.keep, out=self.x, **drawn)
-        if at + 1 == self._start and call + 1 < self.calls:
-            self._guide = torch.where(inputs.keep == 1, self._guide, self.x)
-            self._noise = self._fixed_noise(turn + 1)
+            assert isinstance(call, int), "given noises are taken by number"
+            drawn = {"noise": inputs.noises[call + call // self._start + 1][None]}
+        linear_step([self.x, made], entry(self._reverse, at), known=self._known, mask=inputs.keep, out=self.x, **drawn)
+        if isinstance(call, int) and self._turns(call):
+            self._guide.copy_(torch.where(inputs.keep == 1, self._guide, self.x))
+            self._noise.copy_(self._fixed_noise((call + 1) // self._start))
             linear_step([self._guide, self._noise], self._noised[0], out=self.x)
 
     def _fixed_noise(self, turn: int) -> Tensor:
@@ -132,7 +140,7 @@ class _SDEdit(Chain):
     def restore(self, done: int, state: Mapping[str, Tensor]) -> None:
         super().restore(done, state)
         self._guide = state["guide"].to(self.device)
-        self._noise = self._fixed_noise(done // self._start)
+        self._noise = self._fixed_noise(done // self._start).clone()
 
     def identity(self) -> dict[str, str]:
-        return {"start or tables": digest(self._reverse, self._noised)}
+        return {"start, passes or tables": digest(self.timesteps, self._reverse, self._noised)}

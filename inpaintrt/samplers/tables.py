@@ -24,14 +24,15 @@ class Tables:
 
     Args:
         betas: (n,) float64, each in (0, 1): the variance that step k adds.
-        timesteps: (n,) int64, increasing: what the model is told at step k, its own step number. Default 0 … n − 1.
+        timesteps: (n,), increasing: what the model is told at step k, its own step number. Integers, kept as int64, or
+            fractions, kept as float32. Default 0 … n − 1.
 
     Raises:
         ValueError: shapes, betas outside (0, 1), timesteps that do not increase from 0 or more.
     """
 
     betas: Array
-    timesteps: NDArray[np.int64]
+    timesteps: NDArray[Any]
 
     def __init__(self, betas: Any, timesteps: Any = None) -> None:
         own = np.array(betas, np.float64)
@@ -41,11 +42,13 @@ class Tables:
         wrong = np.flatnonzero(~((own > 0) & (own < 1)))
         if wrong.size:
             raise ValueError(f"betas[{wrong[0]}] is {own[wrong[0]]}; accepted: more than 0, less than 1")
-        if numbers.shape != own.shape or not np.issubdtype(numbers.dtype, np.integer):
-            raise ValueError(f"timesteps has shape {numbers.shape}, {numbers.dtype}; accepted: {own.shape}, integers")
-        if numbers[0] < 0 or (np.diff(numbers) <= 0).any():
+        kind = np.int64 if np.issubdtype(numbers.dtype, np.integer) else np.float32
+        if numbers.shape != own.shape or numbers.dtype.kind not in "iuf":
+            raise ValueError(f"timesteps has shape {numbers.shape}, {numbers.dtype}; accepted: {own.shape}, numbers")
+        numbers = numbers.astype(kind)
+        if not numbers[0] >= 0 or not (np.diff(numbers) > 0).all():
             raise ValueError(f"timesteps is {_short(numbers)}; accepted: increasing, from 0 or more")
-        for name, array in (("betas", own), ("timesteps", numbers.astype(np.int64))):
+        for name, array in (("betas", own), ("timesteps", numbers)):
             array.flags.writeable = False
             object.__setattr__(self, name, array)
 
@@ -78,6 +81,14 @@ class Tables:
         kept = kept_steps(len(self), counts)
         remaining = self.alphas_cumprod[kept]
         return Tables(1 - remaining / np.append(1.0, remaining[:-1]), self.timesteps[kept])
+
+    def rescaled(self, steps: int = 1000) -> Tables:
+        """The process told to the model in fractions: step k as k · steps/n, `steps` being how many the model was trained with.
+
+        A process of more, smaller steps than the model's own is `Tables.linear(n).rescaled()`: the same noise at the same
+        fraction of the way. guided-diffusion's `rescale_timesteps`.
+        """
+        return Tables(self.betas, self.timesteps * (steps / len(self)))
 
     def __len__(self) -> int:
         return self.betas.size
@@ -140,6 +151,11 @@ class Tables:
     def _second_variance(self) -> float:
         """With one step there is no second; any finite number does, because the last step adds no noise."""
         return float(self.posterior_variance[1] if len(self) > 1 else self.betas[0])
+
+
+def default_tables(steps: int) -> Tables:
+    """A linear process of so many steps for a model that was trained with 1000."""
+    return Tables.linear().respaced(steps) if steps <= 1000 else Tables.linear(steps).rescaled()
 
 
 def kept_steps(steps: int, counts: int | str | Sequence[int]) -> list[int]:

@@ -31,6 +31,13 @@ def _pair(scheduler: Any, before: list[int]) -> tuple[Array, Array]:
     return abar[scheduler._values()], np.array([abar[t] if t >= 0 else final for t in before])
 
 
+def _distance(scheduler: Any) -> int:
+    """Training steps from one timestep to the next."""
+    if scheduler.num_inference_steps is None:
+        raise ValueError("Number of inference steps is 'None'; run 'set_timesteps' after creating the scheduler")
+    return scheduler.config.num_train_timesteps // scheduler.num_inference_steps  # type: ignore[no-any-return]
+
+
 def _variance(now: Array, then: Array) -> Array:
     return (1 - then) / (1 - now) * (1 - now / then)
 
@@ -130,8 +137,7 @@ class DDIMScheduler(Coefficients, diffusers.DDIMScheduler):  # type: ignore[misc
         return DDIMSchedulerOutput(prev_sample=x, pred_original_sample=x0) if return_dict else (x, x0)
 
     def _abar(self) -> tuple[Array, Array]:
-        distance = self.config.num_train_timesteps // self.num_inference_steps
-        return _pair(self, [t - distance for t in self._values()])
+        return _pair(self, [t - _distance(self) for t in self._values()])
 
     def _rows_of_image(self) -> Array:
         now, _ = self._abar()
@@ -199,8 +205,8 @@ class RePaintScheduler(Coefficients, diffusers.RePaintScheduler):  # type: ignor
         step = self._step_of(timestep)
         if step is None or not suits(sample):
             return super().undo_step(sample, timestep, generator)
-        for first in range(0, self._distance(), _MOST_NOISES):
-            count = min(_MOST_NOISES, self._distance() - first)
+        for first in range(0, _distance(self), _MOST_NOISES):
+            count = min(_MOST_NOISES, _distance(self) - first)
             noises = [
                 randn_tensor(sample.shape, generator=generator, device=sample.device, dtype=sample.dtype)
                 for _ in range(count)
@@ -208,11 +214,8 @@ class RePaintScheduler(Coefficients, diffusers.RePaintScheduler):  # type: ignor
             sample = linear_step([sample, *noises], self._row("undo", step, sample.device, first, count))
         return sample
 
-    def _distance(self) -> int:
-        return self.config.num_train_timesteps // self.num_inference_steps  # type: ignore[no-any-return]
-
     def _abar(self) -> tuple[Array, Array]:
-        return _pair(self, [t - self._distance() for t in self._values()])
+        return _pair(self, [t - _distance(self) for t in self._values()])
 
     def _rows_of_image(self) -> Array:
         now, _ = self._abar()
