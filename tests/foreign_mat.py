@@ -348,6 +348,18 @@ class DecoderLevel(nn.Module):
         return x, self.toRGB(x, styles[2], skip=img)
 
 
+class InPlaceLevel(DecoderLevel):
+    """Writes to what its convolutions return, whole and in part."""
+
+    def forward(self, x, img, styles, skip, noise_mode="random"):
+        x = self.conv0(x, styles[0], noise_mode=noise_mode)
+        x *= 0.5
+        x.add_(skip).clamp_(-2, 2)
+        x = self.conv1(x, styles[1], noise_mode=noise_mode)
+        x[:, ::2] *= -1
+        return x, self.toRGB(x, styles[2], skip=img)
+
+
 def mixed(x, style):
     """A style where a draw says so."""
     draw = F.dropout(torch.ones_like(x) * 0.5, training=True)

@@ -18,6 +18,7 @@ from inpaintrt.adapters.mat_attention import block_of, form_of
 from inpaintrt.adapters.mat_maps import TiledMap
 from inpaintrt.models import mat_layers, mat_sparse
 from inpaintrt.models.mat_sparse import read_pixels
+from inpaintrt.pipeline import fill
 from inpaintrt.runtime.dispatch import launches, numerics_of
 from inpaintrt.runtime.swap import record_of, why_original
 from inpaintrt.testing import assert_close_to_truth, recipe
@@ -255,6 +256,14 @@ def test_bfloat16():
     assert (got - plain).square().mean().sqrt() < 0.03 * plain.square().mean().sqrt()
 
 
+@pytest.mark.parametrize("kind", [None, "box", "fractional"])
+def test_modules_in_bfloat16(kind):
+    """As accurate as the original in that type; float16 stays the original's, and so do copies that cannot run in it."""
+    block, size = irt.accelerate(_block().bfloat16(), strict=True), (8, 12)
+    mask = None if kind is None else _token_mask(kind, *size, batch=2)
+    _assert_equal_by_the_rule(block, _tokens(*size, batch=2).bfloat16(), size, mask)
+
+
 # ---- whole networks -------------------------------------------------------------------------------------------------
 
 SMALL = {"dim": 12, "channel_max": 16, "z_dim": 8, "w_dim": 10}
@@ -372,6 +381,12 @@ def test_our_fill():
     assert both.shape == (2, 3, 128, 256)
     assert single.isfinite().all()
     assert _skipped(fast) > 0.4
+    photo, hole = image[0].permute(1, 2, 0).numpy()[:100, :250], mask[0, 0].bool().numpy()[:100, :250]
+    filled, expected = (fill(model, photo, hole) for model in (fast, network))
+    _assert_close([torch.tensor(filled)], [torch.tensor(expected)])
+    assert (filled[~hole] == photo[~hole]).all()
+    assert not (filled == photo).all()
+    assert _skipped(fast) > 0.4
 
 
 def test_batches_of_strangers():
@@ -437,6 +452,35 @@ def test_networks_whose_known_pixels_count_are_refused(kind):
         irt.accelerate(network, composited=True, strict=True)
 
 
+def test_levels_that_write_to_their_maps():
+    network = _stranger()
+    for module in network.modules():
+        if isinstance(module, foreign.DecoderLevel):
+            module.__class__ = foreign.InPlaceLevel
+    fast = irt.accelerate(copy.deepcopy(network), composited=True, strict=True)
+    args = (_image(), _hole("box"), _latent(), None)
+    _assert_close([_seeded(fast, *args, noise_mode="random")], [_seeded(network, *args, noise_mode="random")])
+    assert _skipped(fast) > 0.4
+
+
+@pytest.mark.parametrize("skip", [None, "stylegan2*"])
+@pytest.mark.parametrize("build", [_network, _stranger])
+def test_bfloat16_skips_what_float32_does(build, skip):
+    """These layers stay float32; a caller's own autocast is the caller's, and `explain` says so."""
+    network, args = build(), (_image(), _hole("box"), _latent(), None)
+    whole = irt.accelerate(copy.deepcopy(network), precision="bf16", skip=skip)
+    single, fast = (
+        irt.accelerate(copy.deepcopy(network), precision=precision, composited=True, skip=skip)
+        for precision in ("fp32", "bf16")
+    )
+    expected = _seeded(whole, *args, noise_mode="random")
+    _seeded(single, *args, noise_mode="random")
+    _assert_close([_seeded(fast, *args, noise_mode="random")], [expected], 2e-2)
+    assert _skipped(fast) == _skipped(single) > 0.4
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        assert "under autocast" in why_original(fast if build is _network else fast.synthesis, args[:3], {})
+
+
 def test_other_layers_are_refused():
     class Doubled(foreign.Styled):
         def forward(self, x, style, noise_mode="random", gain=1):
@@ -458,6 +502,10 @@ def test_calls_without_tiles():
         fast(image[..., :96], mask[..., :96], z)
     with pytest.raises(ValueError, match=r"mask is \(1, 3, 128, 128\)"):
         fast(image, mask.expand(-1, 3, -1, -1), z)
+    with pytest.raises(ValueError, match=r"image is \(0, 3, 128, 128\)"):
+        fast(image[:0], mask[:0], z)
+    assert torch.equal(_seeded(fast, image, mask.bool(), z), _seeded(fast, image, mask, z))
+    assert _skipped(fast) > 0.4
     stranger = irt.accelerate(_stranger(), composited=True)
     with pytest.raises(UnboundLocalError):  # as the original does
         stranger(image, mask, z, None, noise_mode="none")
@@ -538,10 +586,45 @@ def test_maps_of_tiles():
     again += other
     assert isinstance(again, TiledMap)
     assert torch.equal(again.clone(), plain + other)
+    _check_writes(lazy, plain, other)
     total = lazy + other
     other.zero_()
     with pytest.raises(RuntimeError, match="changed in place"):
         total * 1
+
+
+def _doubled_in_part(t):
+    t[:, 1:3, 40:] *= 2
+
+
+def _check_writes(lazy, plain, other):
+    """What is written to a map, or to a view of it, is in it from then on, and in none that was made of it before."""
+    for change in (
+        lambda t: t.mul_(0.5),
+        lambda t: t.clamp_(-0.1, 0.1),
+        lambda t: t.zero_(),
+        lambda t: F.relu_(t),
+        lambda t: t.add_(other, alpha=2),
+        lambda t: t.add_(other[:, :, :1]),
+        lambda t: t.view(t.shape).transpose(2, 3).sub_(1),
+        lambda t: t.__setitem__((0, 0), 5),
+        lambda t: torch.add(t, other, out=t),
+        _doubled_in_part,
+    ):
+        map_, expected = lazy + other, plain + other
+        before, same = map_ + other, map_
+        change(map_)
+        change(expected)
+        same += other
+        assert same is map_
+        assert torch.equal(map_ * 1, expected.add_(other))
+        assert torch.equal(map_ + other, expected + other)
+        assert torch.equal(read_pixels(map_, torch.tensor([0, 9000])), read_pixels(expected, torch.tensor([0, 9000])))
+        assert torch.equal(F.conv2d(map_, other[:3, :, :1, :1]), F.conv2d(expected, other[:3, :, :1, :1]))
+        assert torch.equal(before * 1, plain + other + other)
+    with pytest.raises(RuntimeError, match="changes the shape"):
+        lazy.squeeze_(0)
+    assert torch.equal(lazy * 1, plain)
 
 
 @pytest.mark.parametrize("inference", [False, True])

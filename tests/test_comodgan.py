@@ -206,11 +206,30 @@ def test_a_noise_of_each_kind(port):
         ({"noise": [torch.zeros(1, 1, 4, 4)]}, "1 planes of noise; accepted: 5"),
         ({"noise": [torch.zeros(2, 1, 4, 4)] * 5}, "a plane of noise is"),
         ({"truncation": 0.5}, "without a mean"),
+        ({"truncation": 0.5, "mean": torch.zeros(1, 1)}, r"mean is \(1, 1\); accepted: \(1, 10\)"),
+        ({"truncation": 0.5, "mean": torch.zeros(10)}, r"mean is \(10,\)"),
+        ({"dropout": torch.ones(1, 1)}, r"dropout is \(1, 1\); accepted: \(1, 16\)"),
+        ({"dropout": torch.ones(2, 16)}, r"dropout is \(2, 16\)"),
+        ({"x": torch.zeros(0, 4, 16, 16)}, r"x is \(0, 4, 16, 16\)"),
     ],
 )
 def test_refusals(change, message):
     with pytest.raises(ValueError, match=message):
         _small()(**{"x": torch.zeros(1, 4, 16, 16), **change})
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("port", PORTS)
+def test_half_precision_is_finite(port, dtype):
+    network = _small(port)
+    x, given, ones = network.network_input(*_photo(network)), _given(network), torch.ones(1, SMALL["vector"])
+    faint = {**given, "z": given["z"] * 2.0**-14}  # whose squares are 0 in float16, as its eps is
+    with torch.no_grad():
+        for given_ in (given, faint, {**given, "z": given["z"] * 0}):
+            wide = network(x, **given_, dropout=ones)
+            got = copy.deepcopy(network).to(dtype)(x.to(dtype), **given_, dropout=ones)
+            assert got.dtype == dtype
+            assert (got - wide).square().mean().sqrt() < 0.05 * wide.square().mean().sqrt()
 
 
 @pytest.mark.parametrize(
@@ -231,7 +250,7 @@ def test_weights_tell_what_they_are_of(port, options, tmp_path):
     path = tmp_path / "weights.safetensors"
     state = {f"netG.{key}": t for key, t in network.state_dict().items()}
     save_file({**state, "netD.b4.conv.weight": torch.zeros(1)}, path)
-    loaded = models.load("comodgan", path, **({"port": port} if port == "official" else {}))
+    loaded = models.load("comodgan", path, **({"port": port} if port == "zyu" else {}))
     assert loaded.config == network.config
     for key, t in loaded.state_dict().items():
         assert torch.equal(t, network.state_dict()[key])

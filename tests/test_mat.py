@@ -490,6 +490,19 @@ def test_inpaint_takes_any_mask_and_ignores_the_hole():
     assert not torch.equal(filled[hole], image[hole])
 
 
+def test_forward_takes_masks_of_any_dtype():
+    network = _small()
+    images, masks, z = _inputs(network)
+    masks = masks.round()
+    draws = network.draw(1, (128, 128), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = network(images, masks, z, draws=draws)
+        for mask in (masks.bool(), masks.to(torch.uint8), masks.double()):
+            out = network(images, mask, z, draws=draws)
+            assert out.dtype == images.dtype
+            torch.testing.assert_close(out, expected)
+
+
 @pytest.mark.parametrize("kind", ["all valid", "all hole", "one pixel valid", "one pixel hole", "fractional"])
 def test_masks_of_every_kind(kind):
     network = _small()
@@ -672,10 +685,30 @@ def test_wrong_arguments_are_named():
         ((images, masks, z[:, :5]), r"z is \(2, 5\); accepted: \(2, 8\) or \(1, 8\)"),
         ((images[:1], masks[:1], z), r"z is \(2, 8\); accepted: \(1, 8\)"),
         ((images, masks, z, torch.ones(2, 3)), r"c is \(2, 3\); accepted: None or no labels"),
+        ((images[:0], masks[:0], z[:1]), r"image is \(0, 3, 128, 128\); accepted: .* B at least 1"),
+        ((images.to(torch.uint8), masks, z), r"image is torch\.uint8; accepted: floating point"),
     ):
         with pytest.raises(ValueError, match=message):
             network(*args)
     assert network(images, masks, z, torch.zeros(2, 0)).shape == images.shape
+
+
+def test_wrong_draws_are_named():
+    network = _small()
+    args, draws = _inputs(network), network.draw(1, (128, 128), "random")
+    noise = draws.noise
+    for change, message in (
+        ({"tokens": draws.tokens[..., :1]}, r"draws\.tokens is \(1, 256, 1\); accepted: \(1, 256, 12\)"),
+        ({"features": draws.features[:, :, :8]}, r"draws\.features is .*; accepted: \(1, 16, 16, 16\)"),
+        *(({"noise": noise[:n]}, f"there are {n} planes of noise; accepted: 7 planes") for n in (1, 2, 4, 6)),
+        ({"noise": (*noise, noise[-1])}, "there are 8 planes of noise; accepted: 7 planes"),
+        ({"noise": (torch.ones(1, 1, 1, 1),) * 7}, r"a plane of noise is \(1, 1, 1, 1\); accepted: \(1, 1, 16, 16\)"),
+        ({"noise": tuple(n.expand(3, -1, -1, -1) for n in noise)}, r"a plane of noise is \(3, 1, 16, 16\)"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            network(*args, draws=draws._replace(**change))
+    with pytest.raises(ValueError, match=r"draws\.noise has 7 planes; accepted: none \(the network has noise=False\)"):
+        _small(noise=False)(*args, draws=draws)
 
 
 def test_wrong_options_are_named():

@@ -105,6 +105,13 @@ def test_refusals():
         network(torch.zeros(1, 4, 32, 32))
     with pytest.raises(ValueError, match=r"mask is \(1, 16, 16\)"):
         network(torch.zeros(1, 3, 16, 16), torch.zeros(1, 16, 16))
+    with pytest.raises(ValueError, match=r"x is \(0, 4, 16, 16\)"):
+        network(torch.zeros(0, 4, 16, 16))
+    with pytest.raises(ValueError, match="noise is 'random'; accepted: 4 planes"):
+        network(torch.zeros(1, 4, 16, 16), noise="random")
+    planes = [torch.zeros(3, *shape[1:]) for shape in network.noise_shapes()]
+    with pytest.raises(ValueError, match=r"a plane of noise is \(3, 1, 8, 8\); accepted: \(1, 1, 8, 8\)"):
+        network(torch.zeros(1, 4, 16, 16), noise=planes)
     with pytest.raises(ValueError, match="size is 20"):
         models.create("migan", size=20)
     with pytest.raises(ValueError, match="channels are 8"):

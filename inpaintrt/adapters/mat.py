@@ -122,11 +122,16 @@ class TiledConvolution:
         return why_not_tiled(module) or None
 
     def forward(self, module: Any, *args: Any) -> Any:
-        call = _tiled_call(module, args)
-        if call is None:
-            assert self.inner is not None, "refuses() leaves such calls to the original"
-            return self.inner.forward(module, *args)
-        hole, needed, layer, form = call
+        with torch.autocast(args[0].device.type, enabled=False):  # precision="bf16" leaves these layers in float32
+            call = _tiled_call(module, args)
+            if call is not None:
+                return self._tiled(module, args, *call)
+        assert self.inner is not None, "refuses() leaves such calls to the original"
+        return self.inner.forward(module, *args)
+
+    def _tiled(
+        self, module: Any, args: tuple[Any, ...], hole: Hole, needed: Tensor, layer: Layer, form: Form
+    ) -> Tensor:
         x, given, up = args[0], layer.takes.given(args), form.up
         noise = noise_of(layer, form, x, given)
         style, gain = style_of(layer, args[1]), float(given.get("gain", 1.0))
@@ -221,8 +226,12 @@ class NetworkAdapter:
         x, mask = (_argument(module, n, args, kwargs) for n in (0, 1))
         if not all(isinstance(t, Tensor) and t.dim() == 4 for t in (x, mask)):
             yield "called with other arguments than an image and a mask"
-        elif mask.shape != (len(x), 1, *x.shape[2:]) or any(n % (1 << self.levels) for n in mask.shape[2:]):
+        elif (
+            not len(x) or mask.shape != (len(x), 1, *x.shape[2:]) or any(n % (1 << self.levels) for n in mask.shape[2:])
+        ):
             yield f"image {tuple(x.shape)}, mask {tuple(mask.shape)}: the network does not take such a pair"
+        elif torch.is_autocast_enabled(x.device.type):
+            yield "under autocast, in which its layers compute all of their maps"
         elif mask.is_cuda and torch.cuda.is_current_stream_capturing():
             yield "which tiles are computed depends on the mask's values, which a captured graph cannot read"
 

@@ -27,6 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from inpaintrt import ops
+from inpaintrt.models.mat_layers import AttentionStep
 from inpaintrt.testing.recipe import image
 
 from .engine import convolved
@@ -214,12 +215,13 @@ def _in_double(args: tuple[Any, ...], device: torch.device) -> tuple[Any, ...]:
 
 
 def swin_block(
-    block: Block, eps: str, x: Tensor, size: tuple[int, int], mask: Tensor | None = None
+    block: Block, eps: str, x: Tensor, size: tuple[int, int], mask: Tensor | AttentionStep | None = None
 ) -> tuple[Tensor, Tensor | None]:
-    """x (B, H·W, C), size (H, W), mask (B, H·W, 1) **1 = valid** or None → tokens and mask of the next block."""
+    """x (B, H·W, C), size (H, W), mask (B, H·W, 1) **1 = valid**, its step or None → tokens and mask of the next block."""
     height, width = size
     tokens = x.reshape(len(x), height, width, -1)
-    valid = None if mask is None else mask.reshape(len(x), height, width, 1)
+    keys = mask.mask if isinstance(mask, AttentionStep) else mask
+    valid = None if keys is None else keys.reshape(len(x), height, width, 1)
     wide = tokens.float() if tokens.dtype in (torch.bfloat16, torch.float16) else tokens
     unit = F.normalize(wide, dim=-1, eps=_least_norm(eps, x.dtype)).to(tokens.dtype)
 
@@ -238,6 +240,8 @@ def swin_block(
     y = y.reshape(len(x), height * width, -1)
     if valid is None:
         return y, None
+    if isinstance(mask, AttentionStep):
+        return y, mask.valid.reshape(len(x), -1, 1)
     return y, ops.window_mask_update(valid, window_size=side, shift=shift).reshape(len(x), -1, 1)
 
 
@@ -266,7 +270,7 @@ class BlockAdapter:
         form = form_of(module, block_of(module))
         return None if _is_form(form) else form
 
-    def forward(self, module: Any, x: Tensor, size: tuple[int, int], mask: Tensor | None = None) -> Any:
+    def forward(self, module: Any, x: Tensor, size: tuple[int, int], mask: Tensor | AttentionStep | None = None) -> Any:
         block = _read(module)
         form = form_of(module, block)
         if not _is_form(form):
@@ -287,14 +291,16 @@ class BlockAdapter:
         if x.shape[2] != block.width or x.device != weight.device or 0 in x.shape:
             yield f"tokens {tuple(x.shape)} on {x.device}; the weights take {block.width} channels on {weight.device}"
         if not _computes(x, weight):
-            yield f"tokens {x.dtype} with weights {weight.dtype}; both must be float32 or float64 (for bf16: precision='bf16')"
+            yield f"tokens {x.dtype} with weights {weight.dtype}; both must be float32, float64 or bfloat16"
         yield from _refuses_size(block, size, x.shape[1])
         if getattr(module, "attn_mask", None) is not None and module.input_resolution == size:
             yield "its stored mask is for this size, and used"
-        yield from _refuses_mask(mask, x)
+        yield from _refuses_mask(mask.mask.flatten(1, 2) if isinstance(mask, AttentionStep) else mask, x)
 
     def probe_inputs(self, module: Any) -> Iterator[tuple[Any, ...]]:
-        x, size, mask = probe_tokens(_read(module))
+        block = _read(module)
+        tokens, size, valid = probe_tokens(block)
+        x, mask = (t.to(block.q.layer.weight.dtype) for t in (tokens, valid))
         yield x, size, mask
         yield x, size, None
 
@@ -302,7 +308,7 @@ class BlockAdapter:
 def _computes(x: Tensor, weight: Tensor) -> bool:
     if x.dtype == torch.bfloat16 and weight.dtype == torch.float32:  # what an earlier layer leaves under autocast
         return torch.is_autocast_enabled(x.device.type)
-    return x.dtype == weight.dtype and x.dtype in (torch.float32, torch.float64)
+    return x.dtype == weight.dtype and x.dtype in (torch.float32, torch.float64, torch.bfloat16)
 
 
 def _refuses_size(block: Block, size: Any, tokens: int) -> Iterator[str]:

@@ -4,7 +4,7 @@ Between the two convolutions of a decoder's level, a network adds its encoder's 
 returns. At the largest level those would be passes over maps of the whole image, of which tiles are needed. So both return a
 `TiledMap`: it keeps the pixels that were computed, notes what is added to it, and gives the tiles that a convolution asks
 for. To everybody else it is the tensor that it stands for: but for a pointwise convolution, any other operation computes all
-of it first.
+of it first, and one that writes to it, or makes a view of it, does so for good.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from inpaintrt.models.mat_sparse import Convolution, Tiles, read_pixels, rows_of
 
@@ -27,11 +27,15 @@ class TiledMap(Tensor):
     """int64 (H · W): which of them each pixel is; −1: 0."""
     _added: list[tuple[Tensor, int]]
     """Maps to be added, and their versions when that was asked."""
+    _dense: Tensor | None
+    """All of it, once somebody wrote to it or has a view of it; nothing else is looked at then."""
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     def read(self, pixels: Tensor) -> Tensor:
         """(len(pixels), C), of pixels counted row by row."""
+        if self._dense is not None:
+            return read_pixels(self._dense, pixels)
         result = _picked(self._rows, self._where.index_select(0, pixels))
         for other, version in self._added:
             if _version(other) != version:
@@ -41,7 +45,14 @@ class TiledMap(Tensor):
 
     def values(self) -> Tensor:
         """All of it, channels-last."""
+        if self._dense is not None:
+            return self._dense
         return self._spread(self.read(torch.arange(len(self._where), device=self._where.device)))
+
+    def settled(self) -> Tensor:
+        """`values`, which the map consists of from now on."""
+        self._dense = self.values()
+        return self._dense
 
     def pointwise(self, weight: Tensor) -> Tensor:
         """Its convolution with weight (Cout, C, 1, 1), channels-last. Nothing was added to it."""
@@ -57,7 +68,7 @@ class TiledMap(Tensor):
         if func in (torch.ops.aten.add.Tensor, torch.ops.aten.add_.Tensor) and not kwargs:
             first, second = args
             own, other = (first, second) if isinstance(first, TiledMap) else (second, first)
-            if _fits(own, other) and (func is torch.ops.aten.add.Tensor or own is first):
+            if own._dense is None and _fits(own, other) and (func is torch.ops.aten.add.Tensor or own is first):
                 added = [*own._added, (other, _version(other))]
                 if func is torch.ops.aten.add.Tensor:
                     return _made(own._rows, own._where, added, own.shape)
@@ -65,8 +76,15 @@ class TiledMap(Tensor):
                 return own
         if func in _CONVOLUTIONS and not kwargs and _is_pointwise(*args):
             return args[0].pointwise(args[1])
-        args, kwargs = tree_map_only(TiledMap, TiledMap.values, (args, kwargs or {}))
-        return func(*args, **kwargs)
+        if not any(argument.alias_info for argument in func._schema.arguments):
+            args, kwargs = tree_map_only(TiledMap, TiledMap.values, (args, kwargs or {}))
+            return func(*args, **kwargs)
+        if torch.Tag.inplace_view in func.tags:
+            raise RuntimeError(f"{func} changes the shape of a map of which tiles are computed; accepted: a new tensor")
+        maps = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, TiledMap)]
+        args, kwargs = tree_map_only(TiledMap, TiledMap.settled, (args, kwargs or {}))
+        result = func(*args, **kwargs)
+        return tree_map_only(Tensor, lambda t: next((own for own in maps if own._dense is t), t), result)
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return repr(self.values())
@@ -78,7 +96,13 @@ _CONVOLUTIONS = (torch.ops.aten.convolution.default, torch.ops.aten.conv2d.defau
 
 def _is_pointwise(x: Any, weight: Any, bias: Any = None, *options: Any) -> bool:
     """Whether a convolution is of a map to which nothing is added, and mixes the channels of each pixel only."""
-    if not isinstance(x, TiledMap) or x._added or bias is not None or isinstance(weight, TiledMap):
+    if (
+        not isinstance(x, TiledMap)
+        or x._dense is not None
+        or x._added
+        or bias is not None
+        or isinstance(weight, TiledMap)
+    ):
         return False
     plain = ([1, 1], [0, 0], [1, 1], False, [0, 0], 1) if len(options) > 4 else ([1, 1], [0, 0], [1, 1], 1)
     return tuple(weight.shape[1:]) == (x.shape[1], 1, 1) and tuple(options) == plain[: len(options)]
@@ -110,7 +134,7 @@ def _made(rows: Tensor, where: Tensor, added: list[tuple[Tensor, int]], shape: t
         TiledMap, shape, strides=(channels * height * width, 1, width * channels, channels), dtype=rows.dtype,
         device=rows.device, requires_grad=False,
     )  # fmt: skip
-    made._rows, made._where, made._added = rows, where, added
+    made._rows, made._where, made._added, made._dense = rows, where, added, None
     return made  # type: ignore[no-any-return]
 
 

@@ -13,16 +13,15 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from inpaintrt.models.mat_layers import PartialStep, partial_ratio
 from inpaintrt.testing.recipe import image
 
 from .stylegan2_forms import form_of
-from .stylegan2_layers import PICTURE, Form, Layer, layer_of, parameters_of, refuses, styled, why_tiny
+from .stylegan2_layers import PICTURE, Form, Layer, layer_of, outputs, parameters_of, refuses, styled, why_tiny
 from .trial import Twin, Verdicts, same, settings_of
 
-_EPS = 1e-8
 _SIDE = 8
 
 
@@ -37,16 +36,17 @@ def conv_of(module: Any) -> Any:
     return None if layer is None or layer.affine is not None else conv
 
 
-def masked(conv: Any, layer: Layer, form: Form, x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """The layer's result and its mask: x (B, Cin, H, W), mask (1|B, 1, H, W), **1 = valid**, fractions allowed, or None."""
+def masked(
+    conv: Any, layer: Layer, form: Form, x: Tensor, mask: Tensor | PartialStep | None
+) -> tuple[Tensor, Tensor | None]:
+    """The layer's result and its mask: x (B, Cin, H, W), mask (1|B, 1, H, W), **1 = valid**, fractions allowed, or None. Our
+    own network has a plan of its masks, and gives a layer its step."""
     y = styled(conv, layer, form, (x,))
     if mask is None:
         return y, None
-    kernel = layer.weight.shape[-1]
     with torch.no_grad():
-        total = F.conv2d(mask, mask.new_ones(1, 1, kernel, kernel), None, form.down, kernel // 2)
-        valid = total.clamp(0, 1)
-        ratio = (kernel * kernel / (total + _EPS) * valid).to(y.dtype)
+        step = mask if isinstance(mask, PartialStep) else partial_ratio(mask, layer.weight.shape[-1], form.down)
+        ratio, valid = step.ratio.to(y.dtype), step.valid
     return (y * ratio if y.requires_grad else y.mul_(ratio)), valid
 
 
@@ -107,7 +107,7 @@ class PartialAdapter:
         known = takes_masks(module, conv)
         return known if isinstance(known, str) else None
 
-    def forward(self, module: Any, x: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+    def forward(self, module: Any, x: Tensor, mask: Tensor | PartialStep | None = None) -> tuple[Tensor, Tensor | None]:
         conv = conv_of(module)
         layer = layer_of(conv)
         form = form_of(conv, layer)
@@ -139,6 +139,12 @@ class PartialAdapter:
         yield from refuses(conv, layer, form, args[:1])
         x, mask = args[0], args[1] if len(args) == 2 else None
         if mask is None:
+            return
+        if isinstance(mask, PartialStep):
+            if mask.ratio.device != x.device or tuple(mask.ratio.shape) != (len(x), 1, *outputs(form, x)):
+                yield f"its plan is for a result of {tuple(mask.ratio.shape)} on {mask.ratio.device}"
+            elif mask.ratio.requires_grad and torch.is_grad_enabled():
+                yield "a gradient is asked of its mask"
             return
         shapes = [(n, 1, *x.shape[2:]) for n in (1, len(x))]
         if not isinstance(mask, Tensor) or mask.dtype != x.dtype or tuple(mask.shape) not in shapes:

@@ -24,6 +24,7 @@ from .stylegan2_layers import (
     PortToRGB,
     StyledConvolution,
     ToRGB,
+    check_planes,
     doubled,
     fir,
     normalised,
@@ -193,7 +194,7 @@ class CoModGAN(nn.Module):
         truncation moves it towards its mean over all z: 1 leaves it, 0 is the mean. "migan" holds that mean in its weights;
         elsewhere `mean` (1|B, w) gives it.
 
-        Raises: `ValueError` for a truncation where there is no mean.
+        Raises: `ValueError` for a truncation where there is no mean, and a mean of another shape.
         """
         w = normalised(z)
         for i in range(8):
@@ -203,7 +204,8 @@ class CoModGAN(nn.Module):
         if mean is None:
             if not self._nvidia:
                 raise ValueError(f"truncation is {truncation} without a mean; {self.port!r} has none in its weights")
-            mean = self.get_buffer("mapping.w_avg")
+            mean = self.get_buffer("mapping.w_avg")[None]
+        _check_row("mean", mean, *w.shape)
         return torch.lerp(mean.to(w), w, truncation)
 
     def forward(
@@ -261,6 +263,7 @@ class CoModGAN(nn.Module):
         if dropout is None and self.port == "official":
             dropout = 2.0 * (draw(batch, vector.shape[1]) > 0)
         if dropout is not None:
+            _check_row("dropout", dropout, *vector.shape)
             vector = vector * dropout.to(vector)
         style = torch.cat([w, vector], dim=1)
 
@@ -297,11 +300,7 @@ class CoModGAN(nn.Module):
         if isinstance(noise, str):
             const = '"const", ' if self._nvidia else ""
             raise ValueError(f'noise is {noise!r}; accepted: {const}"random", "none" or {len(shapes)} planes')
-        if len(noise) != len(shapes):
-            raise ValueError(f"there are {len(noise)} planes of noise; accepted: {len(shapes)}, see noise_shapes")
-        for plane, (b, *shape) in zip(noise, shapes, strict=True):
-            if tuple(plane.shape) not in ((b, *shape), (1, *shape)):
-                raise ValueError(f"a plane of noise is {tuple(plane.shape)}; accepted: {(b, *shape)} or {(1, *shape)}")
+        check_planes(noise, shapes)
         return noise
 
     def inpaint(
@@ -342,7 +341,7 @@ class CoModGAN(nn.Module):
 
     def _input(self, x: Tensor, mask: Tensor | None) -> Tensor:
         wanted = (RGB + MASK if mask is None else RGB, self.size, self.size)
-        if x.dim() != 4 or tuple(x.shape[1:]) != wanted:
+        if x.dim() != 4 or tuple(x.shape[1:]) != wanted or not len(x):
             raise ValueError(
                 f"x is {tuple(x.shape)} and mask {'missing' if mask is None else 'given'}; accepted: (B, {wanted[0]}, "
                 f"{self.size}, {self.size}), the only size of this network. Resize first, or call "
@@ -353,6 +352,11 @@ class CoModGAN(nn.Module):
         if tuple(mask.shape) != (len(x), 1, self.size, self.size):
             raise ValueError(f"mask is {tuple(mask.shape)}; accepted: {(len(x), 1, self.size, self.size)}")
         return torch.cat([0.5 - mask.to(x.dtype), x], dim=1)
+
+
+def _check_row(name: str, given: Tensor, batch: int, width: int) -> None:
+    if tuple(given.shape) not in ((batch, width), (1, width)):
+        raise ValueError(f"{name} is {tuple(given.shape)}; accepted: {(batch, width)} or {(1, width)}")
 
 
 # ---- what weights say about their network ---------------------------------------------------------------------------
@@ -366,12 +370,12 @@ FOREIGN = ((r"(^|\.)synthesis\.b\d+\.ffc_skip\.", "an FcF generator, which is bu
 def config_from_state_dict(state: Mapping[str, Tensor]) -> dict[str, Any]:
     """Constructor arguments of `CoModGAN`, read off the keys and shapes of a state dict.
 
-    Names tell "migan" from the others; of those, weights do not say whether the smallest features are added: "zyu", whose
-    files they are, is taken for granted, and "official" is an option of `load`.
+    Names tell "migan" from the others. "official" and "zyu" have the same weights, of which zengxianyu's files are the
+    official ones converted: "official" is taken for granted, and "zyu" is an option of `load`.
 
     Raises: `KeyError` with the key that such a generator has and this state dict lacks.
     """
-    port = "migan" if ANCHORS[1] in state else "zyu"
+    port = "migan" if ANCHORS[1] in state else "official"
     names = PORTS[port]
     pattern = re.escape(names.to_rgb).replace(r"\{0\}", r"(\d+)").replace(r"x(\d+)", r"x\d+") + r"\."
     size = max(int(match[1]) for key in state if (match := re.match(pattern, key)))

@@ -31,19 +31,14 @@ from .mat_layers import (
     ToRGB,
     to_features,
     to_tokens,
-    wide,
 )
+from .mat_masks import BLOCKS, RESOLUTIONS, SIDES, WINDOWS, mask_plan
+from .stylegan2_layers import check_planes, wide
 
-RESOLUTIONS = (128, 256, 512)
-"""The public code's table of widths ends at 512; below 128 the first stage has no decoder."""
 HEADS = 6
 SQUARE = 16
 """Side of the map in which styles are injected, at a network's own resolution."""
 NOISE_MODES = ("const", "random", "none")
-BLOCKS, WINDOWS, SIDES = (2, 3, 4, 3, 2), (8, 16, 16, 16, 8), (64, 32, 16, 32, 64)
-"""Of each of the first stage's five groups: attention blocks, side of their windows, side of the map at the network's own
-resolution. Groups after the second are given no mask."""
-MASKED_GROUPS = 2
 
 
 class Draws(NamedTuple):
@@ -165,17 +160,17 @@ class FirstStage(nn.Module):
     def encode(self, images_in: Tensor, masks_in: Tensor, ws: Tensor, tokens: Tensor) -> Encoded:
         """Everything before the decoder; arguments as of `forward`."""
         masks = wide(masks_in)
+        plan = mask_plan(masks, SIDES[0] << len(self.enc_conv))
         known = torch.cat([masks - 0.5, wide(images_in) * masks], dim=1)
-        x, mask = self.conv_first(known.to(self.conv_first.conv.weight.dtype), masks)
+        x, _ = self.conv_first(known.to(self.conv_first.conv.weight.dtype), plan.partial("conv_first"))
         skips = []
-        for conv in self.enc_conv:
+        for i, conv in enumerate(self.enc_conv):
             skips.append(x)
-            x, mask = conv(x, mask)
+            x, _ = conv(x, plan.partial(f"enc_conv.{i}"))
         size: Size = (x.shape[2], x.shape[3])
-        x, mask = to_tokens(x), to_tokens(mask)
-        x, size, mask = self.tran[0](x, size, mask)
+        x, size, _ = self.tran[0](to_tokens(x), size, plan.below("tran.0"))
         finest = x
-        x, size, mask = self.tran[1](x, size, mask)
+        x, size, _ = self.tran[1](x, size, plan.below("tran.1"))
         finer = x
         x, size, _ = self.tran[2](x, size)  # from here on the mask is not looked at
         w = self.ws_style(wide(ws[:, -1]))
@@ -365,6 +360,7 @@ class MAT(nn.Module):
         Args:
             images_in: (B, 3, H, W) RGB in [-1, 1]; values under the hole are multiplied by 0 (so must be finite).
             masks_in: (B, 1, H, W), **1 = known**, 0 = hole, the opposite of `inpaint`; fractions are taken as they are.
+                Any dtype, bool too.
             z: (B|1, z_dim) latent, from a normal distribution.
             c: no labels: None or (B|1, 0).
             truncation_psi, truncation_cutoff: as for `mat_layers.Mapping`.
@@ -377,17 +373,22 @@ class MAT(nn.Module):
             (B, 3, H, W) in images_in's dtype, not clipped; known pixels as given. With `return_stg1` a pair, second the
             first stage's.
 
-        Raises: `ValueError` for other shapes; heights or widths that are no multiples of `size_multiple` (pad first; see
-            `inpaintrt.pipeline`); noise that the network does not have, or not at this size; a float16 network on the CPU.
+        Raises: `ValueError` for other shapes, also of draws; images that are not floating point; heights or widths that
+            are no multiples of `size_multiple` (pad first; see `inpaintrt.pipeline`); noise that the network does not have,
+            or not at this size; a float16 network on the CPU.
         """
         self._check(images_in, masks_in)
         batch, _, height, width = images_in.shape
+        if not masks_in.is_floating_point():
+            masks_in = masks_in.to(images_in.dtype)
         if z.dim() != 2 or z.shape[1] != self.z_dim or len(z) not in (1, batch):
             raise ValueError(f"z is {tuple(z.shape)}; accepted: {(batch, self.z_dim)} or {(1, self.z_dim)}")
         if c is not None and c.numel():
             raise ValueError(f"c is {tuple(c.shape)}; accepted: None or no labels, {(batch, 0)}")
         if draws is None:
             draws = self.draw(batch, (height, width), noise_mode)
+        else:
+            self._check_draws(draws, batch, (height, width))
         ws = self.mapping(z, truncation_psi, truncation_cutoff).expand(batch, -1, -1)
         synthesis = self.synthesis
         coarse = synthesis.first_stage(images_in, masks_in, ws, draws.tokens)
@@ -412,23 +413,20 @@ class MAT(nn.Module):
         mode = self._noise_mode(size, noise_mode)
         like = wide(self.mapping.w_avg)
         at = like.device if generator is None else generator.device
-        height, width = (side * SQUARE // self.resolution for side in size)
-        dim, lowest = (self.synthesis.first_stage.to_style.weight.shape[1], self.synthesis.to_style.fc.weight.shape[1])
+        (of_tokens, of_features), of_noise = self._shapes(batch, size)
 
-        def halves(*shape: int) -> Tensor:
+        def halves(shape: tuple[int, ...]) -> Tensor:
             if generator is None:
                 return F.dropout(like.new_full(shape, 0.5), 0.5, training=True)
             return torch.empty(shape, dtype=like.dtype, device=at).bernoulli_(0.5, generator=generator).to(like.device)
 
-        tokens, features = halves(batch, height * width, dim), halves(batch, lowest, height, width)
-        noise = []
-        for layer in self._noisy() if mode != "none" else ():
-            if mode == "const":
-                noise.append(layer.noise_const[None, None])
-                continue
-            rows, columns = (side * len(layer.noise_const) // self.resolution for side in size)
-            drawn = torch.randn(batch, 1, rows, columns, dtype=like.dtype, device=at, generator=generator)
-            noise.append(drawn.to(like.device))
+        tokens, features = halves(of_tokens), halves(of_features)
+        noise: list[Tensor] = []
+        if mode == "const":
+            noise = [layer.noise_const[None, None] for layer in self._noisy()]
+        elif mode == "random":
+            drawn = (torch.randn(shape, dtype=like.dtype, device=at, generator=generator) for shape in of_noise)
+            noise = [plane.to(like.device) for plane in drawn]
         return Draws(tokens, features, tuple(noise))
 
     def inpaint(
@@ -464,6 +462,24 @@ class MAT(nn.Module):
         """The layers of the second decoder that take noise, from the smallest map on."""
         return [m for m in self.synthesis.dec.modules() if isinstance(m, StyleConv)] if self.noise else []
 
+    def _shapes(self, batch: int, size: Size) -> tuple[tuple[tuple[int, ...], ...], list[tuple[int, int, int, int]]]:
+        """Of what a call draws: tokens and features; planes of noise."""
+        height, width = (side * SQUARE // self.resolution for side in size)
+        dim, lowest = self.synthesis.first_stage.to_style.weight.shape[1], self.synthesis.to_style.fc.weight.shape[1]
+        own = [len(layer.noise_const) for layer in self._noisy()]
+        noise = [(batch, 1, size[0] * side // self.resolution, size[1] * side // self.resolution) for side in own]
+        return ((batch, height * width, dim), (batch, lowest, height, width)), noise
+
+    def _check_draws(self, draws: Draws, batch: int, size: Size) -> None:
+        halves, noise = self._shapes(batch, size)
+        for name, given, shape in zip(draws._fields, (draws.tokens, draws.features), halves, strict=False):
+            if tuple(given.shape) != shape:
+                raise ValueError(f"draws.{name} is {tuple(given.shape)}; accepted: {shape}")
+        if draws.noise and not self.noise:
+            raise ValueError(f"draws.noise has {len(draws.noise)} planes; accepted: none (the network has noise=False)")
+        if draws.noise:
+            check_planes(draws.noise, noise)
+
     def _noise_mode(self, size: Size, mode: str | None) -> str:
         own = size == (self.resolution, self.resolution)
         if mode is None:
@@ -480,8 +496,10 @@ class MAT(nn.Module):
         return mode
 
     def _check(self, images: Tensor, masks: Tensor) -> None:
-        if images.dim() != 4 or images.shape[1] != 3:
-            raise ValueError(f"image is {tuple(images.shape)}; accepted: (B, 3, H, W)")
+        if images.dim() != 4 or images.shape[1] != 3 or not len(images):
+            raise ValueError(f"image is {tuple(images.shape)}; accepted: (B, 3, H, W), B at least 1")
+        if not images.is_floating_point():
+            raise ValueError(f"image is {images.dtype}; accepted: floating point")
         batch, _, height, width = images.shape
         if height % self.size_multiple or width % self.size_multiple or not height * width:
             raise ValueError(

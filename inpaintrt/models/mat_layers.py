@@ -10,6 +10,7 @@ are float32: masks and their ratios, norms, attention's softmax, styles, and mod
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -19,18 +20,13 @@ from torch import Tensor, nn
 from inpaintrt.ops._resampling import resample
 from inpaintrt.ops.modulated_conv2d import convolve_resampled, modulated
 
-from .stylegan2_layers import EPS, doubled, fir, normalised
+from .stylegan2_layers import EPS, doubled, fir, normalised, wide
 
 Size = tuple[int, int]
 """Rows and columns."""
 
 MASKED = -100.0
 """What a masked key's logit gets. It is finite, so keys that are all masked compete as if none were."""
-
-
-def wide(x: Tensor) -> Tensor:
-    """x in float32 where it is in half precision; else x itself."""
-    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
 def biased(x: Tensor, bias: Tensor, activation: str, channels: int = 1) -> Tensor:
@@ -216,6 +212,37 @@ class Mapping(nn.Module):
 # ---- masks ----------------------------------------------------------------------------------------------------------
 
 
+class PartialStep(NamedTuple):
+    """What a mask says of one partial convolution.
+
+    Attributes:
+        ratio: (B, 1, H, W), by which its result is multiplied, after bias and activation; 0 where no token is valid.
+        valid: (B, 1, H, W), the mask after it.
+    """
+
+    ratio: Tensor
+    valid: Tensor
+
+
+class AttentionStep(NamedTuple):
+    """What a mask says of one block of window attention.
+
+    Attributes:
+        window, shift: side of the windows, and by how many tokens they are rolled.
+        mask: (B, H, W, 1), of its keys: what `ops.window_attention` takes.
+        valid: (B, H, W, 1), the mask after it: what `ops.window_mask_update` gives.
+    """
+
+    window: int
+    shift: int
+    mask: Tensor
+    valid: Tensor
+
+
+Step = PartialStep | AttentionStep
+"""Layers take it in place of a mask, from which they would compute it."""
+
+
 class PartialConv(nn.Module):
     """A `Conv2dLayer` whose **output**, after its activation, is scaled by how much of each window is valid.
 
@@ -229,16 +256,16 @@ class PartialConv(nn.Module):
         self.conv = Conv2dLayer(inputs, outputs, kernel, activation, up=up, down=down)
         self.kernel, self.down = kernel, down
 
-    def forward(self, x: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-        """x (B, I, H, W), mask (B, 1, H, W) or None → output and its mask (None without one)."""
+    def forward(self, x: Tensor, mask: Tensor | PartialStep | None = None) -> tuple[Tensor, Tensor | None]:
+        """x (B, I, H, W), mask (B, 1, H, W), its step or None → output and its mask (None without one)."""
         y = self.conv(x)
         if mask is None:
             return y, None
-        ratio, valid = partial_ratio(mask, self.kernel, self.down)
-        return y * ratio.to(y.dtype), valid
+        step = mask if isinstance(mask, PartialStep) else partial_ratio(mask, self.kernel, self.down)
+        return y * step.ratio.to(y.dtype), step.valid
 
 
-def partial_ratio(mask: Tensor, kernel: int = 3, stride: int = 1) -> tuple[Tensor, Tensor]:
+def partial_ratio(mask: Tensor, kernel: int = 3, stride: int = 1) -> PartialStep:
     """Ratio and updated mask of a partial convolution, both (B, 1, H′, W′), of mask (B, 1, H, W).
 
     valid = min(Σ window, 1); ratio = k² / (Σ window + 1e-8) · valid. Padding is zero; the low-pass filter before a
@@ -247,7 +274,7 @@ def partial_ratio(mask: Tensor, kernel: int = 3, stride: int = 1) -> tuple[Tenso
     mask = wide(mask)
     total = F.conv2d(mask, mask.new_ones(1, 1, kernel, kernel), stride=stride, padding=kernel // 2)
     valid = total.clamp(0, 1)
-    return kernel * kernel / (total + EPS) * valid, valid
+    return PartialStep(kernel * kernel / (total + EPS) * valid, valid)
 
 
 def window_validity(windows: Tensor) -> Tensor:
@@ -357,12 +384,19 @@ class SwinBlock(nn.Module):
         self.mlp = MLP(width, 2 * width)
         self.window, self.shift = window, shift
 
-    def forward(self, x: Tensor, size: Size, mask: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-        """x (B, H·W, C), mask (B, H·W, 1) or None → tokens and mask: a window with any valid token is valid."""
+    def forward(
+        self, x: Tensor, size: Size, mask: Tensor | AttentionStep | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """x (B, H·W, C), mask (B, H·W, 1), its step or None → tokens and mask: a window with any valid token is valid."""
         windows = Windows(*size, self.window, self.shift)
-        masks = None if mask is None else windows.cut(mask)
+        masks: Tensor | None = None
+        valid: Tensor | None = None
+        if isinstance(mask, AttentionStep):
+            masks, valid = windows.cut(mask.mask), mask.valid.flatten(1, 2)
+        elif mask is not None:
+            masks = windows.cut(mask)
+            valid = windows.join(window_validity(masks))
         attended = windows.join(self.attn(windows.cut(x), masks, windows.strangers(x.device)))
-        valid = None if masks is None else windows.join(window_validity(masks))
         return self.mlp(self.fuse(torch.cat([x, attended], dim=-1))), valid
 
 
@@ -373,8 +407,10 @@ class Resample(nn.Module):
         super().__init__()
         self.conv = PartialConv(inputs, outputs, up=up, down=down)
 
-    def forward(self, x: Tensor, size: Size, mask: Tensor | None = None) -> tuple[Tensor, Size, Tensor | None]:
-        y, valid = self.conv(to_features(x, size), None if mask is None else to_features(mask, size))
+    def forward(
+        self, x: Tensor, size: Size, mask: Tensor | PartialStep | None = None
+    ) -> tuple[Tensor, Size, Tensor | None]:
+        y, valid = self.conv(to_features(x, size), to_features(mask, size) if isinstance(mask, Tensor) else mask)
         return to_tokens(y), (y.shape[2], y.shape[3]), None if valid is None else to_tokens(valid)
 
 
@@ -400,12 +436,16 @@ class BasicLayer(nn.Module):
         self.blocks = nn.ModuleList([SwinBlock(width, heads, min(window, side), shift * (i % 2)) for i in range(depth)])
         self.conv = PartialConv(width, width)
 
-    def forward(self, x: Tensor, size: Size, mask: Tensor | None = None) -> tuple[Tensor, Size, Tensor | None]:
-        """x (B, H·W, C), mask (B, H·W, 1) or None → tokens, size and mask of the new map."""
+    def forward(
+        self, x: Tensor, size: Size, mask: Tensor | Sequence[Step] | None = None
+    ) -> tuple[Tensor, Size, Tensor | None]:
+        """x (B, H·W, C), mask (B, H·W, 1), the steps of all layers in turn or None → tokens, size and mask of the new map."""
+        steps = None if mask is None or isinstance(mask, Tensor) else iter(mask)
         if hasattr(self, "downsample"):
-            x, size, mask = self.downsample(x, size, mask)
+            x, size, mask = self.downsample(x, size, next(steps) if steps else mask)
         before = x
         for block in self.blocks:
-            x, mask = block(x, size, mask)
-        y, valid = self.conv(to_features(x, size), None if mask is None else to_features(mask, size))
+            x, mask = block(x, size, next(steps) if steps else mask)
+        last = next(steps) if steps else mask
+        y, valid = self.conv(to_features(x, size), to_features(last, size) if isinstance(last, Tensor) else last)
         return to_tokens(y) + before, size, None if valid is None else to_tokens(valid)

@@ -1,9 +1,8 @@
 """All masks inside MAT, from the input's mask alone.
 
-Which tokens are valid, and by what partial convolutions multiply their results, depends on no feature. So it can be
-computed once for an image: for all calls with the same mask, before the first layer runs, and with integers' exactness
-where the mask is 0 and 1. `mask_plan` gives what the layers of `models.mat` compute on their way, where it takes less
-than a thousandth of a forward's time: maps of one channel. So layers do not share a plan, and any of them can be called alone.
+Which tokens are valid, and by what partial convolutions multiply their results, depends on no feature. So `models.mat`
+computes it once in a call, before the first layer runs, and hands each layer its step; a layer that is called alone with a mask
+computes its own. What attention makes of windows without a valid token, `ops.window_attention` knows in closed form.
 """
 
 from __future__ import annotations
@@ -11,59 +10,33 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
-from .mat import BLOCKS, MASKED_GROUPS, RESOLUTIONS, SIDES, WINDOWS
-from .mat_layers import Windows, partial_ratio, to_tokens, wide, window_validity
+from .mat_layers import AttentionStep, PartialStep, Step, Windows, partial_ratio, to_tokens, window_validity
+from .stylegan2_layers import wide
 
-NONE_VALID, SOME_VALID, ALL_VALID = 0, 1, 2
-"""Kinds of windows: every token 0; anything else; every token 1."""
-
-
-@dataclass(frozen=True)
-class PartialStep:
-    """Of one partial convolution.
-
-    Attributes:
-        ratio: (B, 1, H, W), by which its result is multiplied, after bias and activation; 0 where no token is valid.
-        valid: (B, 1, H, W), the mask after it.
-    """
-
-    ratio: Tensor
-    valid: Tensor
-
-
-@dataclass(frozen=True)
-class AttentionStep:
-    """Of one block of window attention.
-
-    Attributes:
-        window, shift: side of the windows, and by how many tokens they are rolled.
-        mask: (B, H, W, 1), of its keys: what `ops.window_attention` takes.
-        valid: (B, H, W, 1), the mask after it: what `ops.window_mask_update` gives.
-        kinds: int8 (B, H / window, W / window), of each rolled window. Where all are `ALL_VALID`, the mask changes nothing.
-            In one that is `NONE_VALID`, tokens that came in equal leave equal, by one vector for all such windows.
-    """
-
-    window: int
-    shift: int
-    mask: Tensor
-    valid: Tensor
-    kinds: Tensor
-
-    @property
-    def all_valid(self) -> bool:
-        """Whether the block gives the same without a mask. Waits for the device."""
-        return bool((self.kinds == ALL_VALID).all())
+RESOLUTIONS = (128, 256, 512)
+"""The public code's table of widths ends at 512; below 128 the first stage has no decoder."""
+BLOCKS, WINDOWS, SIDES = (2, 3, 4, 3, 2), (8, 16, 16, 16, 8), (64, 32, 16, 32, 64)
+"""Of each of the first stage's five groups: attention blocks, side of their windows, side of the map at the network's own
+resolution. Groups after the second are given no mask."""
+MASKED_GROUPS = 2
 
 
 @dataclass(frozen=True)
 class MaskPlan:
     """Steps by the path of their module below `first_stage`, in the order in which they run; **1 = valid** everywhere."""
 
-    partial: Mapping[str, PartialStep]
-    attention: Mapping[str, AttentionStep]
+    steps: Mapping[str, Step]
+
+    def partial(self, path: str) -> PartialStep:
+        step = self.steps[path]
+        assert isinstance(step, PartialStep)
+        return step
+
+    def below(self, path: str) -> tuple[Step, ...]:
+        """Of all layers inside a module."""
+        return tuple(step for name, step in self.steps.items() if name.startswith(f"{path}."))
 
 
 def mask_plan(mask: Tensor, resolution: int) -> MaskPlan:
@@ -79,25 +52,20 @@ def mask_plan(mask: Tensor, resolution: int) -> MaskPlan:
         raise ValueError(f"resolution is {resolution}; accepted: {', '.join(map(str, RESOLUTIONS))}")
     if mask.dim() != 4 or mask.shape[1] != 1 or mask.shape[2] % resolution or mask.shape[3] % resolution:
         raise ValueError(f"mask is {tuple(mask.shape)}; accepted: (B, 1, H, W), H and W divisible by {resolution}")
-    partial: dict[str, PartialStep] = {}
-    attention: dict[str, AttentionStep] = {}
+    steps: dict[str, Step] = {}
     current = wide(mask)
 
     def convolve(path: str, stride: int = 1) -> None:
         nonlocal current
-        ratio, current = partial_ratio(current, 3, stride)
-        partial[path] = PartialStep(ratio, current)
+        steps[path] = step = partial_ratio(current, 3, stride)
+        current = step.valid
 
     def attend(path: str, window: int, shift: int) -> None:
         nonlocal current
         height, width = current.shape[2:]
         windows = Windows(height, width, window, shift)
-        keys = windows.cut(to_tokens(current))
-        kinds = SOME_VALID + (keys == 1).all(1).to(torch.int8) - (keys == 0).all(1).to(torch.int8)
-        valid = windows.join(window_validity(keys)).view(-1, height, width, 1)
-        attention[path] = AttentionStep(
-            window, shift, current.permute(0, 2, 3, 1), valid, kinds.view(-1, height // window, width // window)
-        )
+        valid = windows.join(window_validity(windows.cut(to_tokens(current)))).view(-1, height, width, 1)
+        steps[path] = AttentionStep(window, shift, current.permute(0, 2, 3, 1), valid)
         current = valid.permute(0, 3, 1, 2)
 
     convolve("conv_first")
@@ -109,4 +77,4 @@ def mask_plan(mask: Tensor, resolution: int) -> MaskPlan:
         for j in range(BLOCKS[i]):
             attend(f"tran.{i}.blocks.{j}", WINDOWS[i], WINDOWS[i] // 2 * (j % 2))
         convolve(f"tran.{i}.conv")
-    return MaskPlan(partial, attention)
+    return MaskPlan(steps)

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .stylegan2_layers import act, fir
+from .stylegan2_layers import act, check_planes, fir
 
 CLAMP = 256.0
 
@@ -166,7 +166,7 @@ class MIGAN(nn.Module):
         Raises: `ValueError` for shapes that do not fit and for sizes other than `size`.
         """
         wanted = (4 if mask is None else 3, self.size, self.size)
-        if x.dim() != 4 or tuple(x.shape[1:]) != wanted:
+        if x.dim() != 4 or tuple(x.shape[1:]) != wanted or not len(x):
             raise ValueError(
                 f"x is {tuple(x.shape)} and mask {'missing' if mask is None else 'given'}; accepted: (B, {wanted[0]}, "
                 f"{self.size}, {self.size}), the only size of this network. Resize first, or call "
@@ -177,10 +177,8 @@ class MIGAN(nn.Module):
                 raise ValueError(f"mask is {tuple(mask.shape)}; accepted: {(len(x), 1, self.size, self.size)}")
             x = torch.cat([0.5 - mask.to(x.dtype), x], dim=1)
         shapes = self.noise_shapes(len(x))
-        if noise is not None and [tuple(t.shape[1:]) for t in noise] != [shape[1:] for shape in shapes]:
-            raise ValueError(
-                f"noise is {[tuple(t.shape) for t in noise]}; accepted: {len(shapes)} planes, see noise_shapes"
-            )
+        if noise is not None:
+            check_planes(noise, shapes)
         planes: Sequence[Tensor | None] = noise if noise is not None else [None] * len(shapes)
 
         features = {}

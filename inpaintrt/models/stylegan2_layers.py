@@ -9,6 +9,7 @@ variance and scaled where they are used (equalised learning rate). Two sets of n
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -34,10 +35,27 @@ def act(x: Tensor, clamp: float | None = None, gain: float = 2**0.5) -> Tensor:
     return y if clamp is None else y.clamp(-clamp, clamp)
 
 
+def wide(x: Tensor) -> Tensor:
+    """x in float32 where it is in half precision; else x itself."""
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+
+
 def normalised(z: Tensor, dim: int | tuple[int, ...] | None = 1, eps: float = EPS) -> Tensor:
-    """z with a mean square of 1 along `dim`; None: over everything."""
-    square = z.square().mean() if dim is None else z.square().mean(dim, keepdim=True)
-    return z * (square + eps).rsqrt()
+    """z with a mean square of 1 along `dim`; None: over everything. Rounded to z's dtype once: eps is 0 in float16."""
+    x = wide(z)
+    square = x.square().mean() if dim is None else x.square().mean(dim, keepdim=True)
+    return (x * (square + eps).rsqrt()).to(z.dtype)
+
+
+def check_planes(noise: Sequence[Tensor], shapes: Sequence[tuple[int, int, int, int]]) -> None:
+    """Raises: `ValueError` for planes of noise of other shapes than these (B, 1, H, W), or (1, 1, H, W)."""
+    if isinstance(noise, str):
+        raise ValueError(f"noise is {noise!r}; accepted: {len(shapes)} planes")
+    if len(noise) != len(shapes):
+        raise ValueError(f"there are {len(noise)} planes of noise; accepted: {len(shapes)} planes")
+    for plane, (batch, *shape) in zip(noise, shapes, strict=True):
+        if tuple(plane.shape) not in ((batch, *shape), (1, *shape)):
+            raise ValueError(f"a plane of noise is {tuple(plane.shape)}; accepted: {(batch, *shape)} or {(1, *shape)}")
 
 
 def doubled(image: Tensor, f: Tensor) -> Tensor:

@@ -199,6 +199,8 @@ class WeightsFile(Mapping[str, Tensor], AbstractContextManager["WeightsFile"]):
             return bytearray(storage.data)
 
         content = pickled.read(self._file)
+        if any(name.startswith("dnnlib.tflib.") for name in _names_in(content)):
+            self.refuse(_TENSORFLOW)
         self._collect(content, read, None)
         if not self._readers:
             self.refuse(f"a pickle that torch did not write, no tensors in it, but {_name_of(content)}")
@@ -220,6 +222,14 @@ class WeightsFile(Mapping[str, Tensor], AbstractContextManager["WeightsFile"]):
             else:
                 kind, state = _kind_and_state(value)
                 self.modules[name] = ModuleNote(kind, state, code(value.name) if code else "")
+
+
+def _names_in(content: Any) -> Iterator[str]:
+    """Of the records in a pickle that is one, or holds them side by side or by name."""
+    parts = (
+        content.values() if isinstance(content, dict) else content if isinstance(content, (list, tuple)) else [content]
+    )
+    yield from (part.name for part in parts if isinstance(part, Record))
 
 
 def _walk(content: Any) -> Iterator[tuple[str, TensorRef | Record]]:
@@ -257,6 +267,10 @@ def _kind_and_state(record: Record) -> tuple[str, dict[Any, Any]]:
 
 # ---- what a file is instead ----
 
+_TENSORFLOW = (
+    "a pickle of TensorFlow networks (dnnlib.tflib), whose variables have other names and layouts; load these weights as "
+    "they were converted for torch (for Co-ModGAN the files of github.com/zengxianyu/co-mod-gan-pytorch)"
+)
 _MAGIC = 0x1950A86A20F9469CFC6C
 _LEGACY = re.compile(re.escape(pickle.dumps(_MAGIC, protocol=2)))
 _HEADS: tuple[tuple[bytes, str], ...] = (
