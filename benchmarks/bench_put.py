@@ -2,14 +2,14 @@
 
 In the public code (TPAMI 2024) attention is written out, and its weights are averaged over heads; logits, filter, softmax and
 choice are made for all tokens in every pass, and the chosen ones are picked out of them. `public_sample` does that on the
-modules of our network.
+modules of our network. On a GPU "compile" is the same loop with its transformer by torch.compile.
 """
 
 from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -44,11 +44,19 @@ def logits(network: Any, x: Tensor) -> Tensor:
 
 
 def public_sample(
-    network: Any, image: Tensor, mask: Tensor, *, tokens_per_step: int, top_k: int, draws: Sequence[Tensor]
+    network: Any,
+    image: Tensor,
+    mask: Tensor,
+    *,
+    tokens_per_step: int,
+    top_k: int,
+    draws: Sequence[Tensor],
+    transformer: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
     """Tokens int64 (B, L); image (B, 3, H, W), 0 to 255; mask (B, 1, H, W), 1 = known.
 
     `draws`: for each pass numbers of the distribution Exp(1), (B, L, classes): what `torch.multinomial` would draw.
+    `transformer`: what computes `logits` of the network, if not that.
     """
     codec = network.content_codec
     share = codec.known_share(mask)
@@ -58,7 +66,7 @@ def public_sample(
     known = known.flatten(1)
     left = int((~known).sum(1).max())
     for step, exponentials in enumerate(draws):
-        scores = logits(network, x)
+        scores = logits(network, x) if transformer is None else transformer(x)
         best, classes = scores.topk(top_k, dim=-1)
         filtered = torch.full_like(scores, -torch.inf).scatter_(-1, classes, best)
         picked = (filtered.softmax(-1) / exponentials).argmax(-1)
@@ -76,7 +84,8 @@ def public_sample(
 def test_put(versus, device):
     """The second generation's width with 6 layers, 55 % of 1,024 tokens unknown, 20 a pass, of the best 200 classes.
 
-    Both loops get the same random numbers, made beforehand, and choose the same tokens; the last two draw their own.
+    Both loops get the same random numbers, made beforehand, and choose the same tokens; "own draws" and bf16 draw their own.
+    torch.compile's rounding may choose others.
     """
     codec = {"codes": 9216, "split": 8192, "decoder_blocks": 2, "blocks_per_scale": 2}
     small = {"codec": codec | {"codes": 96, "split": 64}, "grid": (6, 6), "layers": 1, "width": 64, "heads": 2}
@@ -118,10 +127,18 @@ def test_put(versus, device):
         "inpaintrt, own draws": lambda: sampled(in_float32, seeds=[1]),
         "inpaintrt bf16": lambda: autocast(lambda: sampled(in_bf16, seeds=[1])),
     }
+    others = {}
+    if device.type == "cuda" and not versus.smoke:  # the loop reads masks, so a graph holds its transformer only
+        fast = versus.compiled_form(lambda x: logits(original, x), torch.zeros_like(original.pos_emb))
+        others["compile"] = lambda: public_sample(
+            original, image, mask, tokens_per_step=each, top_k=keep, draws=drawn, transformer=fast
+        ).float()
     with FlopCounterMode(display=False) as counter:
         sampled(original, seeds=[1])
     versus(
-        candidates, tolerances={"inpaintrt": 0.0, "inpaintrt, own draws": math.inf, "inpaintrt bf16": math.inf},
+        candidates | others,
+        tolerances={"inpaintrt": 0.0} | dict.fromkeys(("inpaintrt, own draws", "inpaintrt bf16", *others), math.inf),
         cost=Cost(counter.get_total_flops(), len(drawn) * sum(p.nbytes for p in original.parameters())), rounds=1,
-        device=device, shape=image.shape, model="put, 6 layers", group="put fp32", means={"eager": ["eager"]},
+        device=device, shape=image.shape, model="put, 6 layers", group="put fp32",
+        means={name: [name] for name in ("eager", *others)},
     )  # fmt: skip

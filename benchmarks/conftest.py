@@ -265,6 +265,13 @@ class Versus:
 
         One shape, one graph, no graph breaks: nothing is left on the table. `freezing` folds weights (CPU, no grad).
         """
+        fast = self.compiled_form(function, *args, freezing=freezing, name=name)
+        return lambda: fast(*args)
+
+    def compiled_form(
+        self, function: Callable[..., Any], *args: Any, freezing: bool = False, name: str = "compile"
+    ) -> Callable[..., Any]:
+        """As `compiled`, a function of such arguments: for a loop around it."""
         import torch._inductor.config as inductor
 
         torch._dynamo.reset()  # else the recompilation limit would quietly turn a later case back into eager
@@ -274,7 +281,7 @@ class Versus:
         with inductor.patch(freezing=freezing):
             fast(*args)
         self.setup_seconds[name] = time.perf_counter() - start
-        return lambda: fast(*args)
+        return fast
 
     def _check(
         self,

@@ -22,7 +22,7 @@ from torch import nn
 
 import inpaintrt as irt
 
-from . import pipeline
+from . import options, pipeline
 from .report import Report
 from .runtime.errors import InpaintRTError, KernelError, UnsupportedError
 from .runtime.settings import BACKENDS
@@ -113,6 +113,16 @@ def _parser() -> argparse.ArgumentParser:
         help="pixels of context around a hole in such crops (default: %(default)s)",
     )
     fill.add_argument("--no-accelerate", action="store_true", help="run the reference network")
+    fill.add_argument(
+        "--seed", type=int, metavar="N", help="of networks that draw random numbers: each gives another fill"
+    )
+    fill.add_argument(
+        "--option",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="of the network or of its inpaint, such as tokens_per_step=1 or pixels=imagenet; may be repeated",
+    )
     _model_options(fill)
 
     enhance = command(
@@ -126,7 +136,10 @@ def _parser() -> argparse.ArgumentParser:
     enhance.add_argument("-o", "--out", type=Path, required=True, help="file to write, or folder")
     enhance.add_argument("--weights", type=Path, required=True, metavar="FILE", help="IPT's weights, of any tasks")
     enhance.add_argument(
-        "--task", metavar="TASK", help="x2, x3, x4, denoise, derain, …; may be left out where weights are for one"
+        "--task",
+        type=_task,
+        metavar="TASK",
+        help="x2, x3, x4, denoise, derain, …, or its place in the weights, from 0; may be left out where weights are for one",
     )
     enhance.add_argument(
         "--blend",
@@ -257,6 +270,10 @@ def _not_negative(text: str) -> int:
     return value
 
 
+def _task(text: str) -> int | str:
+    return int(text) if text.isdecimal() else text
+
+
 def _size(text: str) -> tuple[int, int]:
     try:
         height, width = (int(part) for part in text.lower().split("x"))
@@ -265,36 +282,77 @@ def _size(text: str) -> tuple[int, int]:
     return height, width
 
 
-def _load(name: str, weights: Path | None = None) -> nn.Module:
+def _load(name: str, weights: Path | None = None, **making: Any) -> nn.Module:
     """A shipped model by name, a network by name with `weights`, or LaMa weights by path."""
-    path = Path(name)
-    is_file = path.suffix.lower() in _WEIGHTS or os.sep in name or path.is_file()
+    if weights is None and _is_file(name):
+        name, weights = "lama", Path(name)
     try:
-        model: nn.Module = irt.load("lama", path) if is_file and weights is None else irt.load(name, weights)
-    except ValueError as error:
+        model: nn.Module = irt.load(name, weights, **making)
+    except (ValueError, TypeError) as error:
+        if isinstance(error, TypeError) and not making:
+            raise
         raise UsageError(str(error)) from error
     return model
+
+
+def _is_file(name: str) -> bool:
+    path = Path(name)
+    return path.suffix.lower() in _WEIGHTS or os.sep in name or path.is_file()
+
+
+def _options(args: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What `--option` and `--seed` give to the network, and to its `inpaint`."""
+    from .models.loading import NETWORKS, SHIPPED
+
+    if not args.option and args.seed is None:
+        return {}, {}
+    name = "lama" if args.weights is None and _is_file(args.model) else SHIPPED.get(args.model, (args.model,))[0]
+    if name not in NETWORKS:
+        return {}, {}  # loading says so
+    try:
+        given = options.typed(args.option)
+        if args.seed is not None:
+            if "seed" not in options.accepted(getattr(NETWORKS[name], "inpaint", None)):
+                drawing = [
+                    n for n, net in NETWORKS.items() if "seed" in options.accepted(getattr(net, "inpaint", None))
+                ]
+                raise UsageError(f"--seed {args.seed}: {args.model} draws no random numbers; {', '.join(drawing)} do")
+            if "seed" in given:
+                raise UsageError("--seed and --option seed=… are both given; accepted: one of them")
+            given["seed"] = args.seed
+        return options.divided(given, NETWORKS[name])
+    except ValueError as error:
+        raise UsageError(str(error)) from error
 
 
 def _fill(args: argparse.Namespace) -> int:
     from . import jobs
 
     work = jobs.plan(args.photo, args.mask, args.out, suffix=_suffix(args), overwrite=args.overwrite)
-    model = _load(args.model, args.weights)
+    making, filling = _options(args)
+    model = _load(args.model, args.weights, **making)
     if not hasattr(model, "inpaint"):
         raise UsageError(f"{args.model} fills no holes; what it does with a photo: inpaintrt enhance")
     if not args.no_accelerate:
-        irt.accelerate(model, backend=args.backend)
+        irt.accelerate(model, backend=args.backend, composited=True)  # known pixels of the result are the photo's
 
     def one(job: jobs.Job) -> jobs.Done:
-        return jobs.fill_file(
-            model,
-            job,
-            invert_mask=args.invert_mask,
-            max_pixels=args.max_pixels,
-            margin=args.margin,
-            overwrite=args.overwrite,
-        )
+        try:
+            done = jobs.fill_file(
+                model,
+                job,
+                invert_mask=args.invert_mask,
+                max_pixels=args.max_pixels,
+                margin=args.margin,
+                overwrite=args.overwrite,
+                options=filling,
+            )
+        except ValueError as error:
+            if not filling:
+                raise
+            raise UsageError(str(error)) from error
+        skipped = [note for note in irt.explain(model).notes if "composited: the last call" in note]
+        return dataclasses.replace(done, notes=[*done.notes, *skipped])
 
     return _each({job.photo: partial(one, job) for job in work}, args, "filled")
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from torch import nn
@@ -76,8 +77,9 @@ def fill_file(
     max_pixels: int = pipeline.MAX_PIXELS,
     margin: int = pipeline.MARGIN,
     overwrite: bool = False,
+    options: Mapping[str, Any] | None = None,
 ) -> Done:
-    """Read photo and mask, fill, write; the target appears whole or not at all.
+    """Read photo and mask, fill, write; the target appears whole or not at all. Options: as in `pipeline.fill`.
 
     Raises: `ImageError` for files, `InpaintRTError` for what goes wrong in the network.
     """
@@ -98,7 +100,7 @@ def fill_file(
         warnings.append(
             f"{job.photo.name}: a hole is larger than the network sees; it is filled {times:.1f} times coarser"
         )
-    filled = pipeline.fill(model, photo.rgb, mask.hole, max_pixels=max_pixels, margin=margin)
+    filled = pipeline.fill(model, photo.rgb, mask.hole, max_pixels=max_pixels, margin=margin, options=options)
     images.write_photo(job.target, photo, filled, mask.hole, overwrite=overwrite)
     return Done(mask.describe(), photo.notes, warnings)
 

@@ -11,7 +11,7 @@ than it is.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, TypeVar
 
 import numpy as np
@@ -30,18 +30,26 @@ Image = TypeVar("Image", bound=NDArray[Any])
 
 
 def fill(
-    model: nn.Module, image: Image, mask: NDArray[Any], *, max_pixels: int = MAX_PIXELS, margin: int = MARGIN
+    model: nn.Module,
+    image: Image,
+    mask: NDArray[Any],
+    *,
+    max_pixels: int = MAX_PIXELS,
+    margin: int = MARGIN,
+    options: Mapping[str, Any] | None = None,
 ) -> Image:
     """`image` with the pixels under `mask` filled by `model`; every other pixel is the input's, bit for bit.
 
     Args:
         model: has `size_multiple`, `min_size` and `inpaint(image, mask)`, as `inpaintrt.load` gives it and `accelerate`
             makes it of a TorchScript archive; any device. One that knows a single size has `only_size` (rows, columns),
-            too.
+            too. Known pixels replace what the network makes of them, so that `accelerate(model, composited=True)` may be
+            promised, and work skipped; a model accelerated without that promise does all of it.
         image: (H, W, 3) RGB, uint8, or floating point in [0, 1]. What lies under the mask is not read.
         mask: (H, W), bool or 0/1; True = hole.
         max_pixels: the most pixels, padding included, that the network sees at once; of no matter for one of a single size.
         margin: pixels of context around each hole, in images above `max_pixels`; likewise.
+        options: further arguments of the model's `inpaint`, the same for each crop, such as `{"seed": 3}`.
 
     Returns:
         A new array of image's shape and dtype. uint8 values are truncated as the public tools do: floor(255 · x). With
@@ -68,7 +76,7 @@ def fill(
     result = image.copy()
     for window, owned, scale in _views(net, hole, max_pixels, margin):
         view = np.s_[window.top : window.bottom, window.left : window.right]
-        filled = _run(net, image[view], hole[view], scale)
+        filled = _run(net, image[view], hole[view], scale, options or {})
         wrong = ~np.isfinite(filled) & owned[..., None]
         if count := int(wrong.sum()):
             raise InpaintRTError(f"the network returned {count} values that are NaN or Inf; nothing was filled")
@@ -97,7 +105,7 @@ def _views(net: Any, hole: Hole, max_pixels: int, margin: int) -> Iterator[tuple
         yield window, owned, 1.0
 
 
-def _run(net: Any, image: NDArray[Any], hole: Hole, scale: float) -> NDArray[np.float32]:
+def _run(net: Any, image: NDArray[Any], hole: Hole, scale: float, options: Mapping[str, Any]) -> NDArray[np.float32]:
     """The network on one window (h, w, 3), made smaller by `scale` and padded; (h, w, 3) float32.
 
     What lies under the hole is replaced by 0. A smaller pixel is the mean of those that it stands for; it is known where all
@@ -124,7 +132,7 @@ def _run(net: Any, image: NDArray[Any], hole: Hole, scale: float) -> NDArray[np.
 
     x = padded(pixels)
     with torch.no_grad():
-        output = net.inpaint(x, padded(mask))
+        output = net.inpaint(x, padded(mask), **options)
     if output.shape != x.shape:
         raise ValueError(f"inpaint returned shape {tuple(output.shape)} for an image of {tuple(x.shape)}")
     output = output[:, :, :height, :width].float()

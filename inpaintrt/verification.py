@@ -197,6 +197,9 @@ def _default_double() -> Iterator[None]:
 def _compare(
     part: _Part, actual: list[Tensor], truth: list[Tensor], expected: list[Tensor], numerics: Numerics
 ) -> dict[str, Any]:
+    # Indices are numbers that differ by 1 or not at all.
+    actual, expected = ([t if t.is_floating_point() else t.float() for t in some] for some in (actual, expected))
+    truth = [t.double() for t in truth]
     verdicts = [close_to_truth(a, t, e, numerics=numerics) for a, t, e in zip(actual, truth, expected, strict=True)]
     worst = max(verdicts, key=lambda v: v.share)
     largest = max([t.abs().max().item() for t in truth if t.numel()], default=1.0) or 1.0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn import parallel
 
 from inpaintrt.models.ipt_chop import chopped
 
@@ -89,7 +90,8 @@ class Network(nn.Module):
 
 
 class Wrapper(nn.Module):
-    """Images by patches; `rule` "public": the public order of work; "plain": patches side by side."""
+    """Images by patches; `rule` "public": the public order of work; "gpu": the same, for networks on a GPU whatever the image's
+    place, as the public code has it; "plain": patches side by side."""
 
     def __init__(self, scales=(2, 1), rule="public", self_ensemble=False):
         super().__init__()
@@ -104,5 +106,13 @@ class Wrapper(nn.Module):
             if self.self_ensemble:
                 y = (y + chopped(self.model, x.flip(3), 12, self.scale[idx_scale], 64).flip(3)) / 2
             return y
+        if self.rule == "gpu":
+            return chopped(self._sent, x, 12, self.scale[idx_scale], 64).cuda()
         rows = [torch.cat([self.model(part) for part in row.split(12, 3)], 3) for row in x.split(12, 2)]
         return torch.cat(rows, 2)
+
+    def _sent(self, patches):
+        """One patch by a call, several over as many GPUs as there are; joined on the host."""
+        if len(patches) == 1:
+            return self.model.forward(patches.cuda()).cpu()
+        return parallel.data_parallel(self.model, patches.cuda(), range(1)).cpu()

@@ -109,3 +109,50 @@ class Model(nn.Module):
             y, weights = layer(norm(x), mask=mask)
             x = x + y
         return x, weights
+
+
+class Quantiser(nn.Module):
+    """Features to codes, those from `split` on for tokens that are not known. `table`: the codes are trained, not averaged."""
+
+    def __init__(
+        self, codes=40, width=12, split=24, *, table=False, distance="euclidean", returns="all", learned=False
+    ):
+        super().__init__()
+        self.masked_embed_start = codes if split is None else split
+        self.distance, self.returns, self.beta = distance, returns, 0.25
+        start = torch.randn(codes, width, generator=torch.Generator().manual_seed(5))
+        if table:
+            self.embedding = nn.Embedding(codes, width)
+        else:
+            self.register_buffer("embedding", start)
+            self.register_buffer("cluster_size", torch.zeros(codes))
+        if learned:
+            self.scores = nn.Linear(width, codes)
+
+    def forward(self, z, token_type=None, topk=1):
+        table = isinstance(self.embedding, nn.Embedding)
+        codes, x = self.embedding.weight if table else self.embedding, z.permute(0, 2, 3, 1)
+        gaps = (x.unsqueeze(-2) - codes).square().sum(-1)
+        if self.distance == "cosine":
+            gaps = -(nn.functional.normalize(x, dim=-1) @ codes.t())
+        later = torch.arange(len(codes), device=z.device) >= self.masked_embed_start
+        if token_type is not None and later.any():
+            known = token_type.permute(0, 2, 3, 1) == 1
+            gaps = gaps.masked_fill(known == later, torch.inf)
+        index = gaps.topk(topk, dim=-1, largest=False).indices[..., -1]
+        found = codes[index]
+        loss = (found.detach() - x).square().mean()
+        if table:
+            loss = loss + self.beta * (found - x.detach()).square().mean()
+        seen, none = index.unique(), torch.zeros_like(loss)
+        result = {
+            "quantize": (x + (found - x).detach()).permute(0, 3, 1, 2).contiguous(),
+            "used_unmasked_quantize_embed": none + (seen < self.masked_embed_start).sum(),
+            "used_masked_quantize_embed": none + (seen >= self.masked_embed_start).sum(),
+            "quantize_loss": loss,
+            "index": index,
+        }
+        if token_type is not None:
+            result["unmasked_num_token"] = (token_type == 1).sum()
+            result["masked_num_token"] = (token_type != 1).sum()
+        return result if self.returns == "all" else (result["quantize"], loss, index)

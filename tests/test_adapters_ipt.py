@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import copy
+import threading
 
 import pytest
 import torch
+from torch.nn import parallel
 
 import inpaintrt as irt
 from inpaintrt import models
+from inpaintrt.adapters import ipt_image
 from inpaintrt.runtime.swap import record_of
 from inpaintrt.testing import assert_close_to_truth, recipe
 
@@ -137,6 +140,34 @@ def test_a_wrapper_computes_every_patch_once(at):
     assert (out - truth).abs().max() <= 4 * (base - truth).abs().max()
     assert irt.verify(wrapper, x, at).ok
     assert torch.equal(irt.restore(wrapper)(x, at), base)
+
+
+@pytest.mark.parametrize("at", [0, 1])
+@torch.no_grad()
+def test_a_wrapper_that_asks_for_gpus_is_swapped_anywhere(at):
+    """The public code names GPUs in its forward. Without one it cannot run, but what it computes is known."""
+    wrapper, same, x = _wrapper(rule="gpu"), _wrapper(), recipe.image("photo", 1, 3, 20, 31)
+    truth, base, before = copy.deepcopy(same).double()(x.double(), at), same(x, at), parallel.data_parallel
+    irt.accelerate(wrapper)
+    assert record_of(wrapper).adapter.name == "ipt.image"
+    assert parallel.data_parallel is before
+    assert (wrapper(x, at) - truth).abs().max() <= 4 * (base - truth).abs().max()
+
+
+def test_only_the_trial_stays_where_the_weights_are(monkeypatch):
+    def original(module, inputs, *rest):
+        return "elsewhere"
+
+    monkeypatch.setattr(parallel, "data_parallel", original)
+    x, seen = torch.ones(2), []
+    with ipt_image._on(x.device):
+        assert x.cuda() is x
+        assert torch.equal(parallel.data_parallel(torch.nn.Tanh(), x, range(2)), x.tanh())
+        other = threading.Thread(target=lambda: seen.append(parallel.data_parallel(torch.nn.Tanh(), x, range(2))))
+        other.start()
+        other.join()
+    assert seen == ["elsewhere"]
+    assert parallel.data_parallel is original
 
 
 @pytest.mark.parametrize("options", [{"rule": "plain"}, {"self_ensemble": True}])

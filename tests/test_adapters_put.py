@@ -174,3 +174,90 @@ def test_calls_that_the_original_takes() -> None:
     model.layers[0].mode = "causal"  # changed after it was accelerated
     assert "of another kind" in _reasons(model, x)[0]
     assert not torch.allclose(model(x)[0], plain[0], atol=1e-3)
+
+
+# ---- the quantiser --------------------------------------------------------------------------------------------------
+
+
+def _features(count: int = 2) -> tuple[Tensor, Tensor]:
+    return recipe.image("features", count, 12, 5, 7) * 4 - 2, (recipe.image("kinds", count, 1, 5, 7) > 0.5).float()
+
+
+def _quantiser(**options: Any) -> Any:
+    return recipe.fill(foreign_put.Quantiser(**options)).eval()
+
+
+def _why_not(model: Any, *example: Any) -> str:
+    return next(row["why not"] for row in irt.explain(model, *example).rows if row["adapter"] == "put.quantiser")
+
+
+@pytest.mark.parametrize("table", [False, True])
+@pytest.mark.parametrize("split", [24, None])
+@pytest.mark.parametrize("told", [False, True])
+@torch.no_grad()
+def test_a_quantiser_finds_the_same_codes(table: bool, split: int | None, told: bool) -> None:
+    quantiser, (z, kinds) = _quantiser(table=table, split=split), _features()
+    given = (z, kinds) if told else (z,)
+    truth, base = copy.deepcopy(quantiser).double()(*(t.double() for t in given)), quantiser(*given)
+    irt.accelerate(quantiser)
+    assert record_of(quantiser).adapter.name == "put.quantiser"
+    out = quantiser(z, token_type=kinds) if told else quantiser(z)
+    assert list(out) == list(base)
+    for key, made in out.items():
+        assert (made.dtype, made.shape, made.stride()) == (base[key].dtype, base[key].shape, base[key].stride())
+        if made.is_floating_point():
+            assert_close_to_truth(made, truth[key], base[key])
+        else:
+            assert torch.equal(made, base[key])
+    assert irt.verify(quantiser, *given).ok
+    assert torch.equal(irt.restore(quantiser)(*given)["index"], base["index"])
+
+
+def test_gradients_of_a_quantiser() -> None:
+    quantiser, (z, kinds) = _quantiser(table=True), _features()
+
+    def gradients() -> tuple[Tensor, ...]:
+        x = z.clone().requires_grad_()
+        out = quantiser(x, kinds)
+        return torch.autograd.grad(
+            out["quantize"].square().sum() + out["quantize_loss"], (x, quantiser.embedding.weight)
+        )
+
+    wanted = gradients()
+    irt.accelerate(quantiser)
+    for got, expected in zip(gradients(), wanted, strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"distance": "cosine"}, "its distance is of another kind"),
+        ({"returns": "three"}, "something else than PUT's"),
+        ({"learned": True}, "layers beside its codes"),
+        ({"split": 41}, "codes of known patches are none, or more"),
+    ],
+)
+def test_other_quantisers_are_refused(options: dict[str, Any], message: str) -> None:
+    quantiser = irt.accelerate(_quantiser(**options))
+    assert record_of(quantiser) is None
+    assert message in _why_not(quantiser)
+
+
+@torch.no_grad()
+def test_calls_that_the_quantiser_takes_itself() -> None:
+    quantiser, (z, kinds) = _quantiser(), _features()
+    second = quantiser(z, kinds, topk=2)["index"]
+    irt.accelerate(quantiser)
+    assert torch.equal(quantiser(z, kinds, topk=2)["index"], second)
+    assert "more than features and kinds" in _why_not(quantiser, z, kinds, 2)
+    assert "35 kinds of tokens; accepted: one for each of 70" in _why_not(quantiser, z, kinds[:1])
+    assert "input torch.float16 with weights torch.float32" in _why_not(quantiser, z.half())
+    quantiser.distance = "cosine"  # changed after it was accelerated
+    assert "of another kind" in _why_not(quantiser, z, kinds)
+
+
+def test_our_quantiser_calls_the_op_itself() -> None:
+    codec = models.put.PVQVAE(codes=24, split=16, width=8, channels=8, outputs=8, decoder_channels=8)
+    irt.accelerate(codec.eval())
+    assert record_of(codec.quantize) is None

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 import inpaintrt
 from inpaintrt import cli, jobs
 from inpaintrt.runtime.errors import ImageError, KernelError, UnsupportedError
+from inpaintrt.testing import recipe
 
 DATA = Path(__file__).parent / "data"
 PHOTOS = ("astronaut", "chelsea", "coffee", "rocket")
@@ -42,8 +43,9 @@ def painter(monkeypatch: pytest.MonkeyPatch) -> Painter:
     model = Painter().eval()
     model.accelerated = None
 
-    def accelerate(net: nn.Module, *, backend: str) -> nn.Module:
+    def accelerate(net: nn.Module, *, backend: str, composited: bool = False) -> nn.Module:
         net.accelerated = backend
+        assert composited, "fill pastes the photo's known pixels"
         return net
 
     monkeypatch.setattr(inpaintrt, "load", lambda name, path=None: model)
@@ -122,6 +124,56 @@ def test_options_reach_the_model(painter: Painter, pair: tuple[Path, Path], tmp_
     assert painter.accelerated == "cpu"
     assert threads == [1]
     assert torch.get_num_threads() == before
+
+
+def test_skipped_work_is_told(pair: tuple[Path, Path], tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
+    network = inpaintrt.models.create("mat", resolution=128, dim=12, z_dim=8, w_dim=8, channel_max=32)
+    monkeypatch.setattr(inpaintrt, "load", lambda name, path=None: recipe.fill(network).eval())
+    assert run("fill", *pair, "-o", tmp_path / "a.png", "--model", "mat", "--weights", "mat.pth") == 0
+    assert re.search(
+        r"note: .*composited: the last call skipped \d+% of the decoders' convolutions", capsys.readouterr().err
+    )
+
+
+def test_options_of_networks(
+    painter: Painter, pair: tuple[Path, Path], tmp_path: Path, monkeypatch: Any, capsys: Any
+) -> None:
+    """Which of them load a network, by its class, and which its `inpaint` takes."""
+    asked: list[Any] = []
+    monkeypatch.setattr(inpaintrt, "load", lambda name, path=None, **making: asked.append(making) or painter)
+    monkeypatch.setattr(
+        Painter, "inpaint", lambda self, image, mask, **given: asked.append(given) or torch.zeros_like(image)
+    )
+
+    def fill(*options: object) -> int:
+        asked.clear()
+        return run("fill", *pair, "-o", tmp_path / "a.png", "--overwrite", *options)
+
+    assert fill("--model", "mat", "--weights", "mat.pth", "--seed", 3, "--option", "noise_mode=none") == 0
+    assert asked == [{}, {"noise_mode": None, "seed": 3}]
+    options = [part for pair in ("rates=2,4,8,16", "prefix=generator_average") for part in ("--option", pair)]
+    assert fill("--model", "aotgan", "--weights", "aot.pt", *options) == 0
+    assert asked == [{"rates": (2, 4, 8, 16), "prefix": "generator_average"}, {}]
+    assert fill("--model", "big.pt", "--option", "padding_mode=zeros") == 0
+    assert asked == [{"padding_mode": "zeros"}, {}]
+    capsys.readouterr()
+    assert fill("--seed", 3) == 2
+    assert "--seed 3: lama_mini draws no random numbers; mat, comodgan, put do" in error(capsys)
+    assert fill("--model", "glcic", "--weights", "g.pt", "--option", "mpv=0.5") == 2
+    assert "option mpv is 0.5; accepted: values with commas between" in error(capsys)
+    assert asked == []
+
+
+def test_an_option_that_a_network_has_not(pair: tuple[Path, Path], tmp_path: Path, capsys: Any) -> None:
+    model = inpaintrt.models.create("lama", n_blocks=1, base_width=4)
+    torch.save(model.state_dict(), tmp_path / "lama.pt")
+    for option, message in (
+        ("padding=zeros", "unexpected keyword argument 'padding'"),
+        ("padding_mode=bounce", "bounce"),
+    ):
+        out = tmp_path / "out.png"
+        assert run("fill", *pair, "-o", out, "--model", tmp_path / "lama.pt", "--option", option) == 2
+        assert message in error(capsys)
 
 
 def test_no_accelerate(painter: Painter, pair: tuple[Path, Path], tmp_path: Path) -> None:

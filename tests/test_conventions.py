@@ -53,8 +53,10 @@ SHARED = {
         "step_plan",
         "moments",
         "moments_plan",
+        "resample",
+        "resample_plan",
     },
-    "csrc/cuda": {"common", "activation", "library", "fft", "mma", "conv2d", "philox", "step", "moments"},
+    "csrc/cuda": {"common", "activation", "library", "fft", "mma", "conv2d", "philox", "step", "moments", "resample"},
     "docs/ops": {"README"},
 }
 

@@ -57,6 +57,16 @@ def test_file_to_file(folder, tmp_path, capsys, photo, task):
     assert ("transparency" in said) == (photo == "alpha.png")
 
 
+def test_a_task_has_a_place(folder, tmp_path, capsys):
+    for place, name in (("0", "x2"), ("1", "x1")):
+        named, placed = tmp_path / f"{name}.png", tmp_path / f"{place}.png"
+        assert run(folder, "photo.png", named, "--task", name) == run(folder, "photo.png", placed, "--task", place) == 0
+        assert named.read_bytes() == placed.read_bytes()
+    capsys.readouterr()
+    assert run(folder, "photo.png", tmp_path / "out.png", "--task", "2") == 2
+    assert "task is 2; accepted: one name or place" in capsys.readouterr().err
+
+
 def test_folders(folder, tmp_path, capsys):
     """One file per photo; a photo that cannot be enhanced is told and does not stop the others."""
     out = tmp_path / "out"

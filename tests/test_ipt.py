@@ -145,6 +145,21 @@ def test_refusals():
     for shape in ((1, 3, 23, 40), (1, 4, 24, 24), (3, 24, 24), (0, 3, 24, 24)):
         with pytest.raises(ValueError, match=r"H and W at least 24, one patch"):
             network.forward_chop(torch.zeros(shape))
+    for x, message in (
+        (
+            torch.zeros(1, 3, 24, 24).double(),
+            "x is torch.float64 on cpu; accepted: torch.float32 on cpu, as the weights",
+        ),
+        (torch.zeros(1, 3, 24, 24).bfloat16(), "x is torch.bfloat16 on cpu"),
+        (torch.zeros(1, 3, 24, 24, dtype=torch.uint8), "x is torch.uint8 on cpu"),
+        (torch.zeros(1, 3, 24, 24, device="meta"), "x is torch.float32 on meta; accepted: torch.float32 on cpu"),
+    ):
+        for call in (network, network.forward_chop, network.tiled):
+            with pytest.raises(ValueError, match=re.escape(message)):
+                call(x)
+    for batch in (0, -1, 1.5):
+        with pytest.raises(ValueError, match=f"batch is {batch}; accepted: 1 or more"):
+            network.forward_chop(torch.zeros(1, 3, 24, 24), batch=batch)
     for options, message in (
         ({"tasks": "x4"}, "tasks are 'x4'"),
         ({"tasks": ()}, "at least one"),
@@ -170,6 +185,32 @@ def test_weights_tell_what_they_are_of(tasks, tmp_path):
         assert torch.equal(loaded(x, len(tasks) - 1), network(x, len(tasks) - 1))
     with pytest.raises(WeightsError, match="a ipt generator"):
         models.load("mat", path)
+
+
+@pytest.mark.parametrize("tasks", [("x2",), ("derain", "x3"), ["x4", "denoise50", "x2"]])
+def test_some_tasks_of_a_file(tasks, tmp_path):
+    path, x = tmp_path / "weights.safetensors", recipe.image("loaded", 1, 3, 24, 24) * 255
+    network = _tiny(tasks=ALL, queries=7)
+    save_file(network.state_dict(), path)
+    loaded = models.load("ipt", path, heads=2, tasks=tasks)
+    assert loaded.config == {**network.config, "tasks": tuple(tasks), "queries": len(tasks)}
+    with torch.no_grad():
+        for task in tasks:
+            assert torch.equal(loaded(x, task), network(x, task))
+
+
+def test_tasks_that_a_file_has_not(tmp_path):
+    path = tmp_path / "weights.safetensors"
+    save_file(_tiny(tasks=("x2", "x1", "x3")).state_dict(), path)
+    assert models.load("ipt", path, heads=2, tasks=("derain",)).index("derain") == 0  # its only one that keeps the size
+    for tasks in (("x4",), ("x2", "x4")):
+        with pytest.raises(WeightsError, match=rf"tasks are \('{tasks[0]}'.*It has 0: x2, 1: x1, 2: x3"):
+            models.load("ipt", path, heads=2, tasks=tasks)
+    save_file(_tiny(tasks=("x1", "x1", "x3")).state_dict(), path)
+    with pytest.raises(WeightsError, match=r"tasks are \('derain',\)"):
+        models.load("ipt", path, heads=2, tasks=("derain",))  # which of the two?
+    with pytest.raises(ValueError, match="tasks are 'x3'; accepted: a sequence"):
+        models.load("ipt", path, heads=2, tasks="x3")
 
 
 def test_a_pickled_network_tells_its_heads(tmp_path):

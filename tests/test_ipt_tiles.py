@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.overrides import TorchFunctionMode
 
 from inpaintrt import models
 from inpaintrt.models import ipt_chop, ipt_tiles
@@ -61,6 +62,34 @@ def test_smooth_leaves_no_seams():
     assert steps("smooth") < 0.1 < 0.3 < steps("original")
 
 
+class Copies(TorchFunctionMode):
+    """Counts what moves tensors or changes their dtype."""
+
+    calls = 0
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        self.calls += func is torch.Tensor.to
+        return func(*args, **(kwargs or {}))
+
+
+def test_weights_are_copied_once():
+    x, copies = recipe.image("x", 1, 3, 47, 53), Copies()
+    with copies:
+        ipt_tiles.tiled(lambda patches: F.interpolate(patches, scale_factor=2), x, PATCH, 2, batch=5)
+    assert copies.calls == 2, "one for rows and one for columns, however many patches"
+
+
+def test_no_graph_of_patches_is_kept():
+    network = recipe.fill(models.create("ipt", tasks=("x2",), features=4, heads=2, layers=1, patch=PATCH))
+    seen = []
+    network.register_forward_hook(lambda module, args, out: seen.append(out.requires_grad))
+    x = recipe.image("x", 1, 3, 30, 37) * 255
+    assert not network.tiled(x).requires_grad
+    assert not network.forward_chop(x).requires_grad
+    assert not any(seen)
+    assert network(x[..., :PATCH, :PATCH]).requires_grad
+
+
 @torch.no_grad()
 def test_ceiling_and_batches():
     network = recipe.fill(models.create("ipt", tasks=("x2",), features=4, heads=2, layers=1, patch=PATCH)).double()
@@ -76,6 +105,7 @@ def test_ceiling_and_batches():
     for options, message in (
         ({"blend": "linear"}, "blend is 'linear'; accepted: original, smooth"),
         ({"max_bytes": 0}, "max_bytes is 0"),
+        ({"max_bytes": 1e9}, "max_bytes is 1000000000.0"),
         ({"task": "derain"}, "task is 'derain'"),
     ):
         with pytest.raises(ValueError, match=message):

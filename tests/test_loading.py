@@ -511,6 +511,20 @@ def test_paths(tmp_path):
     assert "is a folder" in refusal(tmp_path / "folder.pt")
 
 
+def test_tensorflow_s_networks_have_a_way_out(tmp_path, monkeypatch):
+    """As StyleGAN2's TensorFlow code pickles them: several, each with its variables as arrays."""
+    module = types.ModuleType("dnnlib.tflib.network")
+    exec("class Network:\n def __init__(self): self.variables = [('4x4/Conv/weight', 1.0)]", module.__dict__)
+    module.Network.__module__ = module.__name__
+    monkeypatch.setitem(sys.modules, "dnnlib", types.ModuleType("dnnlib"))
+    monkeypatch.setitem(sys.modules, "dnnlib.tflib", types.ModuleType("dnnlib.tflib"))
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    path = tmp_path / "co-mod-gan.pkl"
+    for content in (module.Network(), (module.Network(), None, module.Network()), {"Gs": module.Network()}):
+        path.write_bytes(pickle.dumps(content))
+        assert "zengxianyu/co-mod-gan-pytorch); expected safetensors" in refusal(path)
+
+
 def test_zips_that_are_no_checkpoint(tmp_path):
     def zipped(*names):
         with zipfile.ZipFile(tmp_path / "x.zip", "w") as out:

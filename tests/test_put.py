@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.overrides import TorchFunctionMode
 
 import inpaintrt as irt
 from inpaintrt import models
@@ -327,17 +328,108 @@ def _copies(state: Tokens) -> tuple[Tensor, ...]:
     return tuple(getattr(state, field.name).clone() for field in dataclasses.fields(state))
 
 
+class _Waits(TorchFunctionMode):
+    """Notes what would wait for a GPU: values read by the host, and numbers that it copies there."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = getattr(func, "__name__", "")
+        written = name == "__setitem__" and not isinstance(args[2], Tensor)
+        if written or name in ("tensor", "tolist", "item", "cpu", "numpy", "__bool__", "__int__", "nonzero"):
+            self.seen.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+def test_the_host_waits_once(small: PUT) -> None:
+    """At the masks; also where samples are done at different times, and while the result is decoded."""
+    image, mask = _image("put_sc")[[0, 1, 0]], _masks("whole", "hole", "unknown")
+    draws = recipe.image("waits", 3, 96, small.to_logits.out_features) + 0.01
+    with _Waits() as waits:
+        small.complete(image, mask, tokens_per_step=20, top_k=5, draws=lambda i, b, rows, _: draws[: len(b), :rows])
+    assert waits.seen == ["tolist"]
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.int64, torch.float32, torch.float64])
+def test_masks_are_of_any_dtype(small: PUT, dtype: torch.dtype) -> None:
+    image, mask = _image("put_sc")[:1], _masks("hole")
+    expected, made = (small.complete(image, m, seeds=[1], top_k=5) for m in (mask, mask.to(dtype)))
+    assert torch.equal(made, expected)
+    assert torch.equal(small.begin(image, mask.to(dtype)).known, small.begin(image, mask).known)
+
+
+@pytest.mark.parametrize("call", ["sample", "complete", "begin"])
+def test_masks_of_other_values_are_refused(small: PUT, call: str) -> None:
+    image, mask = _image("put_sc")[:1], _masks("hole")
+    count = int(mask.sum())
+    for wrong, message in (
+        (mask.to(torch.uint8) * 255, f"mask has {count} values such as 255; accepted: bool, or 1 = known and 0 = hole"),
+        (mask * 0.5, f"mask has {count} values such as 0.5"),
+        (torch.where(mask, 1.0, torch.nan), f"mask has {mask.numel() - count} values such as nan"),
+    ):
+        with pytest.raises(ValueError, match=re.escape(message)):
+            getattr(small, call)(image, wrong)
+
+
+def test_what_is_under_the_hole_is_not_read(small: PUT) -> None:
+    image, mask = _image("put_sc")[:1], _masks("hole")
+    expected = small.complete(image, mask, seeds=[1], top_k=5)
+    for under in (torch.nan, torch.inf, 300.0):
+        made = small.complete(torch.where(mask, image, under), mask.float(), seeds=[1], top_k=5)
+        assert torch.equal(made, expected)
+
+
+def test_seeds_may_be_a_tensor(small: PUT) -> None:
+    image, mask = _image("put_sc"), _masks("hole", "hole")
+    expected, _ = small.sample(image, mask, seeds=[3, -4], top_k=5)
+    made, _ = small.sample(image, mask, seeds=torch.tensor([3, -4]), top_k=5)
+    assert torch.equal(made, expected)
+    alone, _ = small.sample(image[:1], mask[:1], seeds=3, top_k=5)
+    assert torch.equal(alone[0], expected[0])
+
+
+def _drawn(*shape: int, dtype: torch.dtype = torch.float32) -> Any:
+    return lambda *asked: torch.ones(shape, dtype=dtype)
+
+
 def test_wrong_arguments_are_named(small: PUT) -> None:
     image, mask = _image("put_sc"), _masks("hole", "whole")
+    classes = small.to_logits.out_features
     for message, options in {
         "top_k is 1000": {"top_k": 1000},
         "top_k is -1": {"top_k": -1},
+        "top_k is '5'; accepted: 0 to 1": {"top_k": "5"},
+        r"top_k is 1\.5; accepted": {"top_k": 1.5},
+        "top_k is True": {"top_k": True},
         "temperature is 0": {"temperature": 0.0, "top_k": 5},
+        "temperature is '1'": {"temperature": "1", "top_k": 5},
         "seeds are 1": {"seeds": [1], "top_k": 5},
+        "seeds are 2 together with draws": {"seeds": [1, 2], "draws": _drawn(1), "top_k": 5},
+        r"seeds hold 1\.5; accepted: integers of 64 bits": {"seeds": [1, 1.5], "top_k": 5},
+        r"seeds are \(2,\) torch.int32; accepted: int64": {"seeds": torch.zeros(2, dtype=torch.int32), "top_k": 5},
         "tokens_per_step is 'all'": {"tokens_per_step": "all", "top_k": 5},
+        rf"draws are \(1, 1, {classes}\)": {"draws": _drawn(1, 1, classes), "top_k": 5},
+        r"draws are \(1, 20, 7\) .*; accepted: \(1, ": {"draws": _drawn(1, 20, 7), "top_k": 5},
+        r"draws are .* torch.int64": {
+            "draws": _drawn(1, 96, classes, dtype=torch.int64),
+            "tokens_per_step": 0,
+            "top_k": 5,
+        },
     }.items():
         with pytest.raises(ValueError, match=message):
             small.sample(image, mask, **options)  # type: ignore[arg-type]
+    for wrong in (image.double(), image.bfloat16(), image.byte()):
+        with pytest.raises(
+            ValueError, match=rf"image is \(2, 3, 64, 96\) {wrong.dtype} on cpu; accepted: .* torch.float32"
+        ):
+            small.sample(wrong, mask)
+    with pytest.raises(ValueError, match=r"image is .* on meta; accepted: .* on cpu"):
+        small.begin(image.to("meta"), mask)
+    for results in (2.0, "2"):
+        with pytest.raises(ValueError, match=f"results is {results!r}"):
+            small.complete(image, mask, results=results)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"image is \(2, 3, 64, 64\)"):
         small.sample(image[..., :64], mask)
     with pytest.raises(ValueError, match="mask is"):
@@ -348,6 +440,30 @@ def test_wrong_arguments_are_named(small: PUT) -> None:
         PUT(generation="x")
     with pytest.raises(ValueError, match="patch is 12"):
         PVQVAE(patch=12)
+
+
+def test_networks_that_cannot_be_are_named() -> None:
+    small = {"codes": 24, "split": 16, "width": 8, "channels": 8, "outputs": 8, "decoder_channels": 8}
+    for codec, message in (
+        ({"split": 25}, "split is 25; accepted: 1 to 24"),
+        ({"split": 0}, "split is 0; accepted: 1 to 24"),
+        ({"codes": 0}, "split is 16; accepted: 1 to 0"),
+        ({"channels": 0}, "channels 0"),
+        ({"decoder_blocks": -1}, "decoder_blocks -1"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            PVQVAE(**small | codec)  # type: ignore[arg-type]
+    for options, message in (
+        ({"classes": 25}, "classes are 25; accepted: 1 to 24"),
+        ({"classes": 0}, "classes are 0"),
+        ({"layers": 0}, "layers are 0"),
+        ({"width": 0}, "width is 0"),
+        ({"heads": -2}, "heads -2"),
+        ({"grid": (0, 4)}, r"grid is \(0, 4\)"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            PUT(small, **{"layers": 1, "width": 16, "heads": 2} | options)  # type: ignore[arg-type]
+    assert PUT(small | {"split": 24}, layers=1, width=16, heads=2).to_logits.out_features == 24
 
 
 # ---- files and photos -----------------------------------------------------------------------------------------------
@@ -390,6 +506,14 @@ def test_weights_that_do_not_fit_are_named(file: tuple[PUT, pathlib.Path], tmp_p
         torch.save({k: t for k, t in (state | change).items() if t is not None}, tmp_path / "bad.pth")
         with pytest.raises(WeightsError, match=message):
             models.load("put", tmp_path / "bad.pth")
+    more = {
+        f"to_logits.{key}": state[f"to_logits.{key}"].repeat(9, *[1] * (n - 1))
+        for key, n in (("weight", 2), ("bias", 1))
+    }
+    torch.save(state | more, tmp_path / "more.pth")
+    codes, classes = (len(state[key]) for key in ("content_codec.quantize.embedding", "to_logits.bias"))
+    with pytest.raises(WeightsError, match=f"{9 * classes} logits for {codes} codes; accepted"):
+        models.load("put", tmp_path / "more.pth")
     torch.save({k: t for k, t in state.items() if not k.startswith("content_codec")}, tmp_path / "half.pth")
     with pytest.raises(WeightsError, match="content_codec"):
         models.load("put", tmp_path / "half.pth")
@@ -407,6 +531,21 @@ def test_inpaint_keeps_what_is_known(file: tuple[PUT, pathlib.Path]) -> None:
     assert 0 <= float(made.min()) <= float(made.max()) <= 1
     again = network.inpaint(torch.where(known, image, 0.5), hole, seed=4, tokens_per_step=3, top_k=5)
     assert torch.equal(again, made), "what lies under the hole was read"
+    for whole in (torch.uint8, torch.int64):
+        with pytest.raises(ValueError, match=rf"image is \(2, 3, 64, 64\) {whole}; accepted: .*floating in \[0, 1\]"):
+            network.inpaint((image * 255).to(whole), hole)
+
+
+def _photo_and_mask(folder: pathlib.Path) -> tuple[np.ndarray, np.ndarray, list[str]]:
+    """90 × 130 pixels, as arrays and as files."""
+    from PIL import Image
+
+    photo = np.random.default_rng(0).integers(0, 256, (90, 130, 3), np.uint8)
+    mask = np.zeros((90, 130), np.uint8)
+    mask[30:60, 40:80] = 255
+    Image.fromarray(photo).save(folder / "photo.png")
+    Image.fromarray(mask).save(folder / "mask.png")
+    return photo, mask, [str(folder / name) for name in ("photo.png", "mask.png")]
 
 
 def test_a_photo_larger_than_the_network_is_filled(file: tuple[PUT, pathlib.Path], tmp_path: pathlib.Path) -> None:
@@ -414,18 +553,75 @@ def test_a_photo_larger_than_the_network_is_filled(file: tuple[PUT, pathlib.Path
 
     from inpaintrt import cli
 
-    photo = np.random.default_rng(0).integers(0, 256, (90, 130, 3), np.uint8)
-    mask = np.zeros((90, 130), np.uint8)
-    mask[30:60, 40:80] = 255
-    Image.fromarray(photo).save(tmp_path / "photo.png")
-    Image.fromarray(mask).save(tmp_path / "mask.png")
+    photo, mask, paths = _photo_and_mask(tmp_path)
     weights = ["--model", "put", "--weights", str(file[1])]
-    paths = [str(tmp_path / name) for name in ("photo.png", "mask.png")]
     assert cli.main(["fill", *paths, "-o", str(tmp_path / "out.png"), *weights]) == 0
     with Image.open(tmp_path / "out.png") as opened:
         made = np.asarray(opened)
     assert np.array_equal(made[mask == 0], photo[mask == 0])
     assert (made[mask > 0] != photo[mask > 0]).any()
+
+
+def test_options_of_fill(
+    file: tuple[PUT, pathlib.Path], tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    from inpaintrt import cli
+
+    _, _, paths = _photo_and_mask(tmp_path)
+    asked, sample = [], PUT.sample
+
+    def noted(self: PUT, *args: Any, **given: Any) -> Any:
+        asked.append((self.content_codec.pixels, self.content_codec.composite, given))
+        return sample(self, *args, **given)
+
+    monkeypatch.setattr(PUT, "sample", noted)
+
+    def fill(*options: str) -> bytes:
+        out = tmp_path / "out.png"
+        command = ["fill", *paths, "-o", str(out), "--model", "put", "--weights", str(file[1]), "--overwrite", *options]
+        assert cli.main(command) == 0, capsys.readouterr()
+        return out.read_bytes()
+
+    plain = fill()
+    assert asked[-1][2] == {
+        "tokens_per_step": 20, "raster_order": False, "top_k": None, "temperature": 1.0, "seeds": [0], "draws": None,
+        "progress": None,
+    }  # fmt: skip
+    assert fill("--seed", "0") == plain
+    options = ["pixels=imagenet", "composite=true", "tokens_per_step=cosine_4", "top_k=5", "temperature=0.5"]
+    fill("--seed", "7", *(part for option in options for part in ("--option", option)))
+    assert asked[-1][:2] == (IMAGENET, True)
+    given = asked[-1][2]
+    assert [given[k] for k in ("tokens_per_step", "top_k", "temperature", "seeds")] == ["cosine_4", 5, 0.5, [7]]
+    fill("--option", "tokens_per_step=none", "--option", "grid=8,8", "--option", "seed=2")
+    assert (asked[-1][2]["tokens_per_step"], asked[-1][2]["seeds"]) == (None, [2])
+
+    done = len(asked)
+    for options, message in (
+        (["--option", "steps=3"], "option is 'steps'; accepted for PUT: seed, tokens_per_step, raster_order, top_k"),
+        (["--option", "top_k=many"], "option top_k is 'many'; accepted: a number, none"),
+        (["--option", "composite=1"], "option composite is 1; accepted: true or false"),
+        (["--option", "top_k"], "option is 'top_k'; accepted: KEY=VALUE"),
+        (["--option", "top_k=1", "--option", "top_k=2"], "option top_k is given more than once"),
+        (["--option", "pixels=bytes"], "pixels are 'bytes'; accepted: 'imagenet'"),
+        (["--option", "seed=1", "--seed", "2"], "are both given"),
+        (["--option", "top_k=100000"], "top_k is 100000; accepted"),
+    ):
+        command = [
+            "fill",
+            *paths,
+            "-o",
+            str(tmp_path / "new.png"),
+            "--model",
+            "put",
+            "--weights",
+            str(file[1]),
+            *options,
+        ]
+        assert cli.main(command) == 2
+        assert message in capsys.readouterr().err
+        assert not (tmp_path / "new.png").exists()
+    assert len(asked) == done + 1
 
 
 @pytest.mark.parametrize("command", ["explain", "verify"])

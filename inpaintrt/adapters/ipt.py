@@ -2,8 +2,9 @@
 
 - Tokens stay (B, L, d), and heads are views, so attention is torch's `scaled_dot_product_attention` without a copy. The
   matrices of weights, which the public code makes, averages over heads and drops, are never there.
-- What a task adds to queries and keys is the same for all patches: W·(y + t) = W·y + W·t, where W·t is (L, 2d) once per call.
-  So self-attention of the decoder has one product for queries, keys and values.
+- Patches go through all layers some at a time, `_TOKENS` of their tokens, because they know nothing of each other.
+- What a task adds to queries and keys is the same for all patches: W·(y + t) = W·y + W·t, where W·t is (L, 2d), once for each
+  layer and piece. So self-attention of the decoder has one product for queries, keys and values.
 - Keys and values of the decoder's second attentions all come from the encoder's result: one product for as many layers as
   `_MEMORY` holds.
 - Residuals are added by the products themselves, and what is as wide as the hidden layer is made of some rows at a time.
@@ -212,7 +213,7 @@ class BodyAdapter:
 
     name = "ipt.body"
     ops: tuple[str, ...] = ()
-    algorithm = "one product for keys and values of all layers, attention without its weights"
+    algorithm = "one product for keys and values of several layers, attention without its weights, in pieces"
     deep = True
     named = True
 

@@ -2,17 +2,21 @@
 
 The public code computes the patches of all four borders again, and joins on the host. Here each patch is computed once and
 joined where it is (`models.ipt_tiles`). The wrapper's rule does not depend on its network, so it is tried with another one,
-which is quick and has no symmetry: whoever joins otherwise, or turns the image eight ways, keeps his own code.
+which is quick and has no symmetry: whoever joins otherwise, or turns the image eight ways, keeps his own code. The public code
+moves patches to a GPU and spreads them over several by itself; in the trial all of that stays where the wrapper's weights are.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import contextlib
+import threading
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from inpaintrt.models.ipt_tiles import MOST, tiled
 from inpaintrt.runtime.swap import disabled
@@ -37,6 +41,50 @@ class _Network(nn.Module):
         return larger * self.weight + x.mean((1, 2, 3), keepdim=True)
 
 
+class _Here(TorchFunctionMode):
+    """`Tensor.cuda()` gives a tensor on this device, whether or not there is a GPU."""
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__()
+        self.device = device
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        return args[0].to(self.device) if func is Tensor.cuda else func(*args, **(kwargs or {}))
+
+
+_one_at_a_time = threading.RLock()
+
+
+@contextlib.contextmanager
+def _on(device: torch.device) -> Iterator[None]:
+    """What this thread sends to a GPU, or to several, is computed on a device by the network that it is sent to.
+
+    Of other threads, calls of `data_parallel` pass through; what they had from before is there again at the end.
+    """
+    public: Any = torch.nn.parallel
+    with _one_at_a_time, _Here(device):
+        original, own = public.data_parallel, threading.get_ident()
+
+        def data_parallel(module: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+            if threading.get_ident() != own:
+                return original(module, inputs, *args, **kwargs)
+            return module(*inputs) if isinstance(inputs, tuple) else module(inputs)
+
+        public.data_parallel = data_parallel
+        try:
+            yield
+        finally:
+            public.data_parallel = original
+
+
+def _device(module: Any) -> torch.device:
+    """Where the wrapper's weights are."""
+    first = next(module.model.parameters(), None)
+    return torch.device("cpu") if first is None else first.device
+
+
 def _why_not(module: Any) -> str | None:
     """What keeps a module from having the fused form; empty: nothing; None: it is no such module at all."""
     network, scales, patch = (getattr(module, name, None) for name in ("model", "scale", "patch_size"))
@@ -52,19 +100,20 @@ def _why_not(module: Any) -> str | None:
 
 
 def _judge(module: Any) -> str:
-    patch = module.patch_size
+    patch, device = module.patch_size, _device(module)
     for at, scale in enumerate(module.scale):
-        network = _Network(patch, scale)
+        network = _Network(patch, scale).to(device)
         copied: Any = bare_copy(module, {id(module.model): network})  # type: ignore[dict-item]
         for rows, columns in ((patch + patch // 4 + 1, patch + patch // 2 + 3), (patch, 2 * patch)):
-            x = image("ipt.image", 1, 3, rows, columns).double()
+            x = image("ipt.image", 1, 3, rows, columns).double().to(device)
             try:
-                with torch.no_grad(), disabled():
+                with torch.no_grad(), disabled(), _on(device):
                     exact = copied(x, at)
-            except Exception as error:  # somebody else's code, which may call for a GPU
+            except Exception as error:  # somebody else's code
                 return f"the original cannot run on the trial's image: {type(error).__name__}: {error}"
             with torch.no_grad():
-                if not same(tiled(network, x, patch, scale), exact):
+                elsewhere = isinstance(exact, Tensor) and exact.device != device
+                if elsewhere or not same(tiled(network, x, patch, scale), exact):
                     return "it joins patches by another rule than IPT's, or computes something else"
     return ""
 
@@ -73,7 +122,8 @@ _verdicts: Verdicts[None] = Verdicts(_judge)  # type: ignore[arg-type]
 
 
 def _verdict(module: Any) -> str:
-    return _verdicts.of(module, (settings_of(module), tuple(module.scale), module.patch_size)) or ""
+    key = settings_of(module), tuple(module.scale), module.patch_size, _device(module).type
+    return _verdicts.of(module, key) or ""
 
 
 class ImageAdapter:

@@ -2,10 +2,11 @@
 
 The public attention returns, beside its output, its weights averaged over heads, (B, L, L), which nothing in the public code
 reads. Here they are a `Deferred`, and attention is torch's `scaled_dot_product_attention`. The activation x · σ(1.702 x) is
-silu(1.702 x) / 1.702, whose factors the matrix products take, so that one pass over the hidden layer is left of four.
+silu(1.702 x) / 1.702, whose factors the matrix products take, so that one pass over the hidden layer is left of four. The public
+quantiser makes a matrix of all distances, and another of ones and zeros to look codes up; here it is `ops.nearest_code`.
 
 What a module's structure does not say is asked of itself, in a trial: whether attention masks, what it scales by, how its heads
-lie in its channels, what it returns, whether its second argument chooses rows, what the activation is.
+lie in its channels, what it returns, whether its second argument chooses rows, what the activation is, which distance is least.
 """
 
 from __future__ import annotations
@@ -14,13 +15,16 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+import torch.distributed
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from inpaintrt.models.put_transformer import rows_of
+from inpaintrt.ops.nearest_code import nearest_code
 from inpaintrt.testing.recipe import image
 
 from .deferred import deferred
+from .ffc import refuses_tensor
 from .trial import Twin, Verdicts, same, settings_of
 
 _FACTOR = 1.702
@@ -73,6 +77,32 @@ def transformed(module: Any, x: Tensor, rows: Tensor | None = None) -> tuple[Ten
     y = rows_of(x, rows) + y
     first, second = _linears(module.mlp)
     return y + hidden(first, second, norm2(y)), average
+
+
+def quantised(module: Any, z: Tensor, kinds: Tensor | None = None) -> dict[str, Tensor]:
+    """What the quantiser returns in eval mode, of features z (B, C, h, w) and kinds of tokens (B, 1, h, w), 1 = known.
+
+    The codes in use are counted without `unique`, which waits for a GPU.
+    """
+    codes, split = _codes(module), module.masked_embed_start
+    x = z.permute(0, 2, 3, 1).contiguous()
+    dual = {} if kinds is None or split == len(codes) else {"split": split, "known": kinds.reshape(-1) == 1}
+    index = nearest_code(x.detach().flatten(0, 2), codes.detach(), **dual)
+    found = F.embedding(index, codes).view(x.shape)
+    loss = (found.detach() - x).square().mean()
+    if "embedding" in module._modules:
+        loss = loss + module.beta * (found - x.detach()).square().mean()
+    used = torch.zeros(len(codes), dtype=torch.bool, device=z.device).index_fill_(0, index, True)
+    result = {
+        "quantize": (x + (found - x).detach()).permute(0, 3, 1, 2).contiguous(),
+        "used_unmasked_quantize_embed": torch.zeros_like(loss) + used[:split].sum(),
+        "used_masked_quantize_embed": torch.zeros_like(loss) + used[split:].sum(),
+        "quantize_loss": loss,
+        "index": index.view(x.shape[:3]),
+    }
+    if kinds is not None:
+        result |= {"unmasked_num_token": (kinds == 1).sum(), "masked_num_token": (kinds != 1).sum()}
+    return result
 
 
 # ---- recognising ----------------------------------------------------------------------------------------------------
@@ -133,6 +163,30 @@ def _block(module: Any) -> str | None:
     return why_not
 
 
+def _codes(module: Any) -> Any:
+    """The codebook (K, C) of a quantiser."""
+    embedding = getattr(module, "embedding", None)
+    return embedding.weight if type(embedding) is nn.Embedding else embedding
+
+
+def _quantiser(module: Any) -> str | None:
+    """As `_attention`, of a quantiser."""
+    codes, split = _codes(module), getattr(module, "masked_embed_start", None)
+    if not isinstance(codes, Tensor) or codes.dim() != 2 or not isinstance(split, int):
+        return None
+    if set(module._modules) - {"embedding"}:
+        return "it has layers beside its codes"
+    if not 0 < split <= len(codes):
+        return "the codes of known patches are none, or more than there are"
+    if (
+        torch.distributed.is_available()
+        and torch.distributed.is_initialized()
+        and torch.distributed.get_world_size() > 1
+    ):
+        return "its counts of tokens are sums over processes"
+    return ""
+
+
 _RETURNS = ("pair", "rows", "one")
 """What a module returns: its output and the averaged weights; the output, of the rows that its second argument names; the
 output alone."""
@@ -169,6 +223,30 @@ def _judged(module: Any, attention: Any, fused: Any) -> str:
     return why
 
 
+def _judged_codes(module: Any) -> str:
+    """As `_judged`, of a quantiser: "", or a sentence. Half of the features lie near codes."""
+    twin = Twin(module)
+    copied = twin.copy(torch.float64)
+    codes = _codes(copied).detach()
+    z = (image("put.quantiser", 2, codes.shape[1], 2, 3) * 4 - 2).double().to(codes.device)
+    near = codes[torch.arange(6, device=codes.device) * (len(codes) - 1) // 5]
+    z[1] = near.t().reshape(z.shape[1:]) + z[1] * codes.std(correction=0) / 16
+    kinds = torch.tensor([1.0, 0.0, 1.0, 1.0, 0.0, 0.0] * 2, device=codes.device).view(2, 1, 2, 3)
+    for given in ((z,), (z, kinds)):
+        try:
+            exact = twin.run(*given)
+        except Exception as error:  # somebody else's code
+            return f"its code takes no features and kinds of tokens alone ({type(error).__name__})"
+        with torch.no_grad():
+            ours = quantised(copied, *given)
+        if not isinstance(exact, dict) or exact.keys() != ours.keys():
+            return "it returns something else than PUT's"
+        if not all(same(ours[key], exact[key]) and ours[key].dtype == exact[key].dtype for key in ours):
+            return "its distance is of another kind, or it chooses otherwise than PUT's"
+    return ""
+
+
+_quantisers: Verdicts[str] = Verdicts(_judged_codes)
 _attentions: Verdicts[str] = Verdicts(lambda module: _judged(module, module, attended))
 _blocks: Verdicts[str] = Verdicts(lambda module: _judged(module, module.attn, transformed))
 
@@ -258,4 +336,45 @@ class BlockAdapter(AttentionAdapter):
         return transformed(module, x, rows)
 
 
-ADAPTERS = (BlockAdapter(), AttentionAdapter())
+class QuantiserAdapter:
+    """A quantiser with one codebook or two, called as (features) or (features, kinds of tokens)."""
+
+    name = "put.quantiser"
+    ops: tuple[str, ...] = ("nearest_code",)
+    algorithm = "nearest codes without a matrix of distances, looked up in place of a product with ones and zeros"
+    deep = False
+    named = True
+
+    def match(self, module: nn.Module) -> str | None:
+        why_not = _quantiser(module)
+        if why_not is None:
+            return ""
+        return why_not or self.verdict(module) or None
+
+    def verdict(self, module: Any) -> str:
+        return _quantisers.of(module, (settings_of(module), "embedding" in module._modules, *_codes(module).shape))
+
+    def forward(self, module: Any, z: Tensor, kinds: Tensor | None = None) -> dict[str, Tensor]:
+        return quantised(module, z, kinds)
+
+    def refuses(self, module: Any, *args: Any) -> Iterator[str]:
+        why_not = _quantiser(module)
+        if why_not is None or why_not or (why_not := self.verdict(module)):
+            yield why_not or "it is no quantiser of PUT any more"
+            return
+        z, kinds, *rest = (*args, None, None)[: max(2, len(args))]
+        if rest:
+            yield "called with more than features and kinds of tokens"
+            return
+        yield from refuses_tensor(z, _codes(module), _codes(module).shape[1])
+        if kinds is not None and (not isinstance(kinds, Tensor) or kinds.device != z.device):
+            yield "the kinds of tokens are no tensor, or lie elsewhere"
+        elif kinds is not None and kinds.numel() != z.numel() // z.shape[1]:
+            yield f"there are {kinds.numel()} kinds of tokens; accepted: one for each of {z.numel() // z.shape[1]}"
+
+    def probe_inputs(self, module: Any) -> Iterator[tuple[Any, ...]]:
+        """None: a copy was compared in `match`."""
+        return iter(())
+
+
+ADAPTERS = (BlockAdapter(), AttentionAdapter(), QuantiserAdapter())

@@ -102,7 +102,7 @@ class IPT(nn.Module):
         """Patches, each by itself.
 
         Args:
-            x: (B, 3, patch, patch) RGB in [0, 255].
+            x: (B, 3, patch, patch) RGB in [0, 255], in the weights' dtype.
             task: name or place; may be left out where there is one.
 
         Returns:
@@ -115,24 +115,31 @@ class IPT(nn.Module):
             raise ValueError(
                 f"x is {tuple(x.shape)}; accepted: patches (B, 3, {self.patch}, {self.patch}). Images: forward_chop"
             )
+        ipt_chop.check_dtype(x, self.sub_mean.weight)
         features = self.head[at](self.sub_mean(x))
         return self.add_mean(self.tail[at](self.body(features, at) + features))  # type: ignore[no-any-return]
 
+    @torch.no_grad()
     def forward_chop(self, x: Tensor, task: int | str | None = None, *, batch: int = 64) -> Tensor:
         """Images as the public code makes them: of overlapping patches, many of them computed more than once.
 
+        Without gradients: patches are trained, by `forward`.
+
         Args:
-            x: (B, 3, H, W) RGB in [0, 255], H and W at least `patch`.
+            x: (B, 3, H, W) RGB in [0, 255], H and W at least `patch`, in the weights' dtype.
             task: as in `forward`.
             batch: patches at once.
 
         Returns:
             (B, 3, s · H, s · W) RGB, about [0, 255].
 
-        Raises: as `forward`; `ValueError` for images smaller than a patch.
+        Raises: as `forward`; `ValueError` for images smaller than a patch and a batch below 1.
         """
         at = self.index(task)
         ipt_chop.check_image(x, self.patch)
+        ipt_chop.check_dtype(x, self.sub_mean.weight)
+        if not isinstance(batch, int) or batch < 1:
+            raise ValueError(f"batch is {batch!r}; accepted: 1 or more, a whole number")
         return torch.cat(
             [
                 ipt_chop.chopped(lambda patches: self(patches, at), image[None], self.patch, self.scale(at), batch)
@@ -140,6 +147,7 @@ class IPT(nn.Module):
             ]
         )
 
+    @torch.no_grad()
     def tiled(
         self,
         x: Tensor,
@@ -150,8 +158,10 @@ class IPT(nn.Module):
     ) -> Tensor:
         """Images, of overlapping patches that are computed once each, on x's device.
 
+        Without gradients: what they need of all patches would be above any ceiling.
+
         Args:
-            x: (B, 3, H, W) RGB in [0, 255], H and W at least `patch`.
+            x: (B, 3, H, W) RGB in [0, 255], H and W at least `patch`, in the weights' dtype.
             task: as in `forward`.
             blend: "original" gives what `forward_chop` gives, but for rounding; "smooth" weighs patches by a raised cosine,
                 which leaves no seams and is another result.
@@ -164,8 +174,9 @@ class IPT(nn.Module):
         """
         at = self.index(task)
         ipt_chop.check_image(x, self.patch)
-        if max_bytes < 1:
-            raise ValueError(f"max_bytes is {max_bytes}; accepted: 1 or more")
+        ipt_chop.check_dtype(x, self.sub_mean.weight)
+        if not isinstance(max_bytes, int) or max_bytes < 1:
+            raise ValueError(f"max_bytes is {max_bytes!r}; accepted: 1 or more, a whole number")
         batch = max(1, min(ipt_tiles.MOST, max_bytes // (self._elements_per_patch(at) * x.element_size())))
         return ipt_tiles.tiled(
             lambda patches: self(patches, at), x, self.patch, self.scale(at), blend=blend, batch=batch
@@ -219,6 +230,38 @@ def config_from_state_dict(state: Mapping[str, Tensor]) -> dict[str, Any]:
         "patch": CELL * math.isqrt(state["body.position_encoding.pe.weight"].shape[0]),
         "queries": state["body.query_embed.weight"].shape[0],
     }
+
+
+def part(
+    tensors: Mapping[str, Tensor], config: Mapping[str, Any], options: Mapping[str, Any]
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """What is left of tensors and `config` where `options` name some of the file's tasks, in any order.
+
+    Where they name as many as the file has, they say what its tasks are called, and everything is left.
+
+    Raises: `ValueError` for a task that the file has not, or of which it does not say which one it is.
+    """
+    wanted, there = options.get("tasks", ()), config["tasks"]
+    if isinstance(wanted, str) or not wanted or not set(wanted) <= set(TASKS) or len(wanted) >= len(there):
+        return dict(tensors), dict(config)
+    if config["queries"] < len(there):
+        raise ValueError(f"{config['queries']} embeddings of {len(there)} tasks; accepted: one for each, or more")
+    places = []
+    for task in wanted:
+        name = task if task in there or TASKS[task] != 1 else "x1"
+        if there.count(name) != 1:
+            own = ", ".join(f"{i}: {name}" for i, name in enumerate(there))
+            raise ValueError(
+                f"tasks are {tuple(wanted)}; accepted: some of those in the file, or all of them. It has {own}"
+            )
+        places.append(there.index(name))
+    left = {key: tensor for key, tensor in tensors.items() if not re.match(r"(head|tail)\.", key)}
+    for at, place in enumerate(places):
+        for kind in ("head", "tail"):
+            found = (key for key in tensors if key.startswith(f"{kind}.{place}."))
+            left |= {f"{kind}.{at}{key.removeprefix(f'{kind}.{place}')}": tensors[key] for key in found}
+    left["body.query_embed.weight"] = left["body.query_embed.weight"][places]
+    return left, {**config, "tasks": tuple(wanted), "queries": len(wanted)}
 
 
 def config_from_modules(modules: Mapping[str, Any]) -> dict[str, Any]:

@@ -25,6 +25,17 @@ def check_image(x: Tensor, patch: int) -> None:
         )
 
 
+def check_dtype(x: Tensor, weight: Tensor) -> None:
+    """Raises: `ValueError` for what a network with this weight cannot take; autocast takes any floating dtype."""
+    fits = x.device == weight.device
+    if fits and x.dtype != weight.dtype:
+        fits = x.is_floating_point() and torch.is_autocast_enabled(x.device.type)
+    if not fits:
+        raise ValueError(
+            f"x is {x.dtype} on {x.device}; accepted: {weight.dtype} on {weight.device}, as the weights, RGB in [0, 255]"
+        )
+
+
 def chopped(network: Network, x: Tensor, patch: int, scale: int, batch: int) -> Tensor:
     """The public order of work, strip by strip; x (1, 3, H, W).
 

@@ -77,22 +77,28 @@ def tiled(network: Network, x: Tensor, patch: int, scale: int, *, blend: str = "
         raise ValueError(f"blend is {blend!r}; accepted: {', '.join(BLENDS)}")
     count, _, height, width = x.shape
     size, edge = scale * patch, scale * patch // 4
-    down, across = ([*zip(starts(n, patch), weights(n, patch, scale, blend), strict=True)] for n in (height, width))
+    axes = [weights(n, patch, scale, blend) for n in (height, width)]
+    down, across = (
+        [*zip(range(len(w)), starts(n, patch), map(_counting, w), strict=True)]
+        for n, w in zip((height, width), axes, strict=True)
+    )
     result: Tensor | None = None
     corners: dict[int, Tensor] = {}
     places = itertools.product(range(count), down, across)
     while chosen := [*itertools.islice(places, batch)]:
-        given = torch.stack([x[i, :, top : top + patch, left : left + patch] for i, (top, _), (left, _) in chosen])
+        given = torch.stack(
+            [x[i, :, top : top + patch, left : left + patch] for i, (_, top, _), (_, left, _) in chosen]
+        )
         made = network(given)
         if result is None:
             result = made.new_zeros(count, made.shape[1], scale * height, scale * width)
-        for y, (i, (top, rows), (left, columns)) in zip(made, chosen, strict=True):
+            rows, columns = (w.to(made) for w in axes)  # once: the host waits for each copy
+        for y, (i, (row, top, r), (column, left, c)) in zip(made, chosen, strict=True):
             if blend == "original" and top == left == 0:
                 corners[i] = y[:, :edge].clone()
             # What counts for nothing is not read: most of a patch.
-            (r, rs), (c, cs) = (_counting(w) for w in (rows, columns))
-            weighed = y[:, r, c] * rs.to(y)[:, None]
-            weighed *= cs.to(y)
+            weighed = y[:, r, c] * rows[row, r, None]
+            weighed *= columns[column, c]
             area = (
                 slice(scale * top + r.start, scale * top + r.stop),
                 slice(scale * left + c.start, scale * left + c.stop),
@@ -107,8 +113,7 @@ def tiled(network: Network, x: Tensor, patch: int, scale: int, *, blend: str = "
     return result
 
 
-def _counting(weight: Tensor) -> tuple[slice, Tensor]:
-    """From the first to the last place of a patch that counts, and the weights there; nothing where none does."""
+def _counting(weight: Tensor) -> slice:
+    """From the first to the last place of a patch that counts; nothing where none does."""
     places = weight.nonzero().flatten().tolist()
-    inside = slice(places[0], places[-1] + 1) if places else slice(0, 0)
-    return inside, weight[inside]
+    return slice(places[0], places[-1] + 1) if places else slice(0, 0)

@@ -65,7 +65,8 @@ _FAMILIES = {
 """Modules that know what their weights look like. Each has ANCHORS: keys below the container of layers, one of which is in
 every such file and in no other; NAMES: a pattern that fits the beginning of all keys there; PREFIX: what precedes them in
 our own state dict; FOREIGN, `config_from_state_dict` and `config_from_modules`. See `models.lama`. One may have `essential`,
-which leaves out what a file holds but a network needs not."""
+which leaves out what a file holds but a network needs not, and `part`, which leaves what options ask for of a file that holds
+more."""
 
 _FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 _OTHERS = (
@@ -152,6 +153,11 @@ def build(
     except ValueError as error:
         raise WeightsError(f"{source}: not a {family} generator that ours can be: {error}") from None
     config |= definition.config_from_modules(notes)
+    if hasattr(definition, "part"):
+        try:
+            tensors, config = definition.part(tensors, config, options)
+        except ValueError as error:
+            raise WeightsError(f"{source}: {error}") from None
     try:
         with torch.device("meta"):  # nothing to initialise: the weights take the parameters' place
             network = network_class(**{**config, **options})

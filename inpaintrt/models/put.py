@@ -22,7 +22,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .put_codec import PVQVAE, PixelRange, codec_config
-from .put_sampling import Draws, Tokens, check_temperature, choose, kept_classes, passes, seeded
+from .put_sampling import (
+    Draws,
+    Tokens,
+    check_drawn,
+    check_temperature,
+    choose,
+    kept_classes,
+    passes,
+    seed_numbers,
+    seeded,
+)
 from .put_transformer import BLOCKS
 
 Progress = Callable[[int, int], None]
@@ -36,7 +46,7 @@ class PUT(nn.Module):
         generation: "cvpr" or "tpami".
         grid: rows and columns of tokens.
         layers, width, heads: of the transformer; None for those published for faces (cvpr) or all images (tpami).
-        classes: tokens the transformer chooses from, None for all codes of known patches.
+        classes: tokens the transformer chooses from, the first ones of the codebook; None for all codes of known patches.
         activation: "GELU2" (x · σ(1.702 x)) or "GELU".
         qkv_bias: queries and values have a bias (tpami only; cvpr always has).
         pixels, composite: of a codec that is not given as a module, as in `PVQVAE`.
@@ -45,7 +55,8 @@ class PUT(nn.Module):
         only_size: rows and columns of its images.
         size_multiple, min_size: the larger of them.
 
-    Raises: `ValueError` for another generation or activation, or a width that heads do not divide.
+    Raises: `ValueError` for another generation or activation, a width that heads do not divide, more classes than the codec
+        has codes, or numbers below 1.
     """
 
     def __init__(
@@ -72,15 +83,20 @@ class PUT(nn.Module):
         if not isinstance(codec, PVQVAE):
             codec = PVQVAE(**{"pixels": pixels, "composite": composite, **codec})
         layers, width, heads = (
-            layers or (12 if later else 30),
-            width or (768 if later else 512),
-            heads or (12 if later else 8),
+            default if given is None else given
+            for given, default in zip((layers, width, heads), (12, 768, 12) if later else (30, 512, 8), strict=True)
         )
-        if width % heads or activation not in ("GELU2", "GELU"):
+        if min(layers, width, heads) < 1 or width % heads or activation not in ("GELU2", "GELU"):
             raise ValueError(
-                f"width is {width}, heads {heads}, activation {activation!r}; accepted: a width that heads divide, "
-                "GELU2 or GELU"
+                f"layers are {layers}, width is {width}, heads {heads}, activation {activation!r}; accepted: 1 or more, a "
+                "width that heads divide, GELU2 or GELU"
             )
+        if len(grid) != 2 or min(grid) < 1:
+            raise ValueError(f"grid is {grid!r}; accepted: rows and columns of tokens, 1 or more each")
+        codes = len(codec.quantize.embedding)
+        classes = codec.quantize.split if classes is None else classes
+        if not 0 < classes <= codes:
+            raise ValueError(f"classes are {classes}; accepted: 1 to {codes}, the codes of the codec")
         self.pos_emb = nn.Parameter(torch.zeros(1, grid[0] * grid[1], width))
         if later:
             self.mask_emb = nn.Parameter(torch.zeros(1, width, 1, 1))
@@ -91,7 +107,7 @@ class PUT(nn.Module):
             self.norm = nn.LayerNorm(width)
         else:
             self.layer_norm = nn.LayerNorm(width)
-        self.to_logits = nn.Linear(width, classes or codec.quantize.split)
+        self.to_logits = nn.Linear(width, classes)
         self.generation, self.grid = generation, grid
         self.only_size = (grid[0] * codec.patch, grid[1] * codec.patch)
         self.size_multiple = self.min_size = max(self.only_size)
@@ -120,14 +136,25 @@ class PUT(nn.Module):
         """`complete` with 20 tokens a pass and the seeds seed, seed + 1, …"""
         return self.complete(image, mask, seeds=[seed + i for i in range(len(image))])
 
-    def inpaint(self, image: Tensor, mask: Tensor, *, seed: int = 0, **options: Any) -> Tensor:
+    def inpaint(
+        self,
+        image: Tensor,
+        mask: Tensor,
+        *,
+        seed: int = 0,
+        tokens_per_step: int | str | None = 20,
+        raster_order: bool = False,
+        top_k: float | None = None,
+        temperature: float = 1.0,
+        progress: Progress | None = None,
+    ) -> Tensor:
         """The image with its hole filled.
 
         Args:
-            image: (B, 3, H, W) RGB in [0, 1], H × W `only_size`; values under the hole are ignored.
+            image: (B, 3, H, W) RGB in [0, 1], floating, H × W `only_size`; values under the hole are ignored.
             mask: (B, 1, H, W), **1 = hole**, 0 = known; any dtype, all that is not 0 is hole.
             seed: of the first image; the next have the next. Each gives another fill.
-            options: of `complete`: tokens_per_step, raster_order, top_k, temperature, progress.
+            tokens_per_step, raster_order, top_k, temperature, progress: as in `complete`.
 
         Returns:
             (B, 3, H, W) in [0, 1]; known pixels as given, the hole from the network.
@@ -135,11 +162,18 @@ class PUT(nn.Module):
         Raises: `ValueError`, see `sample`.
         """
         pixels, known = self.network_input(image, mask)
-        made = self.complete(pixels, known, seeds=[seed + i for i in range(len(image))], **options)
+        made = self.complete(
+            pixels, known, seeds=[seed + i for i in range(len(image))], tokens_per_step=tokens_per_step,
+            raster_order=raster_order, top_k=top_k, temperature=temperature, progress=progress,
+        )  # fmt: skip
         return torch.where(known, image, made / 255)
 
     def network_input(self, image: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-        """The arguments of `forward`, of those of `inpaint`."""
+        """The arguments of `forward`, of those of `inpaint`. Raises: `ValueError` for an image that is not floating."""
+        if not image.is_floating_point():
+            raise ValueError(
+                f"image is {tuple(image.shape)} {image.dtype}; accepted: (B, 3, H, W), floating in [0, 1] (of uint8: / 255)"
+            )
         known = mask == 0
         return torch.where(known, image * 255, 0.0), known
 
@@ -154,16 +188,17 @@ class PUT(nn.Module):
         top_k: float | None = None,
         temperature: float = 1.0,
         results: int = 1,
-        seeds: Sequence[int] | None = None,
+        seeds: int | Sequence[int] | Tensor | None = None,
         draws: Draws | None = None,
         progress: Progress | None = None,
     ) -> Tensor:
         """Images with their holes filled.
 
         Args:
-            image: (B, 3, H, W), 0 to 255, H × W the size of the network's grid of patches.
-            mask: (B, 1, H, W), **1 = known**, 0 = hole. A patch with a hole in it is chosen anew. Images without holes
-                may be among others; images without a known patch are made up.
+            image: (B, 3, H, W), 0 to 255, H × W the size of the network's grid of patches, in the weights' dtype; values
+                under the hole are ignored.
+            mask: (B, 1, H, W), **1 = known**, 0 = hole, and nothing between; any dtype. A patch with a hole in it is chosen
+                anew. Images without holes may be among others; images without a known patch are made up.
             tokens_per_step, raster_order, top_k, temperature, seeds, draws, progress: as in `sample`.
             results: how many results of each image; their batch is the images' times this, results of one image side by
                 side.
@@ -173,14 +208,14 @@ class PUT(nn.Module):
 
         Raises: `ValueError`, see `sample`.
         """
-        if results < 1:
-            raise ValueError(f"results is {results}; accepted: 1 or more")
+        if not isinstance(results, int) or results < 1:
+            raise ValueError(f"results is {results!r}; accepted: 1 or more, a whole number")
         image, mask = image.repeat_interleave(results, 0), mask.repeat_interleave(results, 0)
         tokens, _ = self.sample(
             image, mask, tokens_per_step=tokens_per_step, raster_order=raster_order, top_k=top_k,
             temperature=temperature, seeds=seeds, draws=draws, progress=progress,
         )  # fmt: skip
-        return self.content_codec.decode(tokens, image * mask.to(image.dtype), mask)
+        return self.content_codec.decode(tokens, image, mask)
 
     @torch.no_grad()
     def sample(
@@ -192,7 +227,7 @@ class PUT(nn.Module):
         raster_order: bool = False,
         top_k: float | None = None,
         temperature: float = 1.0,
-        seeds: Sequence[int] | None = None,
+        seeds: int | Sequence[int] | Tensor | None = None,
         draws: Draws | None = None,
         progress: Progress | None = None,
     ) -> tuple[Tensor, Tensor]:
@@ -206,7 +241,8 @@ class PUT(nn.Module):
             top_k: classes to choose from: a number, or, from 0 to 1, the share of classes left out (1 keeps one). None: the
                 published 50 (cvpr) or 200 (tpami), or all where there are fewer.
             temperature: factor on logits (more is greedier).
-            seeds: of each sample; without, torch's default generator chooses them. What a sample becomes depends on its own.
+            seeds: of each sample, integers of 64 bits, or int64 (n,); without, torch's default generator chooses them. What
+                a sample becomes depends on its own.
             draws: the random numbers themselves, in place of seeds. A row is the rank among a pass's tokens; for
                 generation "tpami", or with one pass, it is the token's position.
             progress: called with (passes done, passes) after each.
@@ -214,45 +250,62 @@ class PUT(nn.Module):
         Returns:
             Tokens int64 (B, h, w), and the pass (from 1; 0 = known) in which each was chosen, int64 (B, h, w).
 
-        Raises: `ValueError` naming the argument, for sizes other than the network's, a top_k above the number of classes,
-            a temperature that is not above 0, or seeds and draws together or of another number.
+        Raises: `ValueError` naming the argument, for sizes other than the network's, an image of another dtype or device
+            than the weights, masks with other values than 0 and 1, a top_k above the number of classes, a temperature that
+            is not above 0, seeds and draws together or of another number or shape.
         """
-        self._check(image, mask, seeds, draws)
+        self._check(image, mask)
+        numbers = None if seeds is None else seed_numbers(seeds, len(image), alone=draws is None)
         classes, length = self.to_logits.out_features, self.grid[0] * self.grid[1]
         published = 200 if self.generation == "tpami" else 50
         keep = min(published, classes) if top_k is None else kept_classes(top_k, classes)
         check_temperature(temperature)
-        state = self.begin(image, mask)
-        left: list[int] = (~state.known).sum(1).tolist()  # the one look at the masks
+        state = self._begin(image, mask)
+        unknown = (~state.known).sum(1)
+        *left, wrong = torch.cat((unknown, _neither(mask).sum()[None])).tolist()  # the one look at the masks
+        if wrong:
+            raise _wrong_mask(mask, wrong)
         steps, each = passes(tokens_per_step, max(left, default=0), length)
         by_position = False
         if draws is None:
-            if seeds is None:
-                seeds = torch.randint(2**62, (len(image),)).tolist()
-            draws = seeded(seeds, each, image.device)
+            if numbers is None:
+                numbers = torch.randint(2**62, (len(image),)).tolist()
+            draws = seeded(numbers, each, image.device)
         else:
             by_position = self.generation == "tpami" or each == length
+        active, samples, done = [*range(len(left))], None, 0
         for i, many in enumerate(steps):
-            if many and (active := [b for b, n in enumerate(left) if n > 0]):
+            if many and (unfinished := [b for b in active if left[b] > done]):
+                if len(unfinished) < len(active):  # on the device, too, by a sort: the host need not copy what it knows
+                    active = unfinished
+                    samples = (unknown <= done).to(torch.uint8).argsort(stable=True)[: len(active)]
                 self.step(
                     state, draws(i, active, length if by_position else many, classes), number=i + 1, many=many,
-                    unknown=max(left[b] for b in active), keep=keep, temperature=temperature,
-                    raster_order=raster_order, by_position=by_position,
-                    samples=torch.tensor(active, device=image.device) if len(active) < len(left) else None,
+                    unknown=max(left[b] for b in active) - done, keep=keep, temperature=temperature,
+                    raster_order=raster_order, by_position=by_position, samples=samples,
                 )  # fmt: skip
-                left = [n - many for n in left]
+                done += many
             if progress is not None:
                 progress(i + 1, len(steps))
         return state.codes.unflatten(1, self.grid), state.order.unflatten(1, self.grid)
 
     @torch.no_grad()
     def begin(self, image: Tensor, mask: Tensor) -> Tokens:
-        """Samples before the first pass. image, mask: as in `complete`."""
+        """Samples before the first pass. image, mask: as in `complete`.
+
+        The host looks at a mask that is not bool. Raises: `ValueError`, as `sample`.
+        """
+        self._check(image, mask)
+        if mask.dtype != torch.bool and (wrong := int(_neither(mask).sum())):
+            raise _wrong_mask(mask, wrong)
+        return self._begin(image, mask)
+
+    def _begin(self, image: Tensor, mask: Tensor) -> Tokens:
         codec, classes = self.content_codec, self.to_logits.out_features
         share = codec.known_share(mask)
         known = share == 1
         with torch.autocast(image.device.type, enabled=False):  # the tokens of known patches are a matter of small gaps
-            z = codec.encode(image * mask.to(image.dtype))
+            z = codec.encode(torch.where(mask != 0, image, 0.0))
             codes = codec.quantize(z, known).flatten(1)
             x = self.embed(z, share)
             table = F.linear(codec.quantize.embedding[:classes], self.emb_proj.weight, self.emb_proj.bias)
@@ -286,8 +339,12 @@ class PUT(nn.Module):
             unknown: at least as many as any of the samples has left, for the logits of as many are computed.
             keep, temperature, raster_order: as in `sample`; keep is a number of classes.
             samples: int64 (n,), those to choose tokens of. None: all.
+
+        Raises: `ValueError` for draws of another shape.
         """
         x, known = state.embedded, state.known
+        rows_drawn = x.shape[1] if by_position else many
+        check_drawn(drawn, (len(x) if samples is None else len(samples), rows_drawn, len(state.table)), x.device)
         at = torch.arange(len(known), device=known.device) if samples is None else samples
         open_ = ~known if samples is None else ~known[samples]
         first = open_.to(torch.uint8).argsort(dim=1, descending=True, stable=True)  # unknown ones come first
@@ -306,23 +363,33 @@ class PUT(nn.Module):
         x[at, rows] = torch.where(new.unsqueeze(-1), embedded, x[at, rows])
         state.codes[at, rows] = torch.where(new, picked, state.codes[at, rows])
         state.order[at, rows] = torch.where(new, number, state.order[at, rows])
-        known[at, rows] = True
+        known[at, rows] = torch.ones_like(new)  # a number would be copied from the host
 
-    def _check(self, image: Tensor, mask: Tensor, seeds: Sequence[int] | None, draws: Draws | None) -> None:
-        size = self.only_size
-        if image.dim() != 4 or image.shape[1] != 3 or tuple(image.shape[2:]) != size or not image.is_floating_point():
+    def _check(self, image: Tensor, mask: Tensor) -> None:
+        size, weight = self.only_size, self.content_codec.quant_conv.weight
+        shaped = image.dim() == 4 and image.shape[1] == 3 and tuple(image.shape[2:]) == size
+        if not shaped or (image.dtype, image.device) != (weight.dtype, weight.device):
             raise ValueError(
-                f"image is {tuple(image.shape)} {image.dtype}; accepted: (B, 3, {size[0]}, {size[1]}), floating"
+                f"image is {tuple(image.shape)} {image.dtype} on {image.device}; accepted: (B, 3, {size[0]}, {size[1]}) "
+                f"{weight.dtype} on {weight.device}, as the weights"
             )
-        if mask.shape != (len(image), 1, *size):
+        if mask.shape != (len(image), 1, *size) or mask.device != image.device:
             raise ValueError(
-                f"mask is {tuple(mask.shape)}; accepted: ({len(image)}, 1, {size[0]}, {size[1]}), 1 = known"
+                f"mask is {tuple(mask.shape)} on {mask.device}; accepted: ({len(image)}, 1, {size[0]}, {size[1]}) on "
+                f"{image.device}, 1 = known"
             )
-        if seeds is not None and (draws is not None or len(seeds) != len(image)):
-            raise ValueError(
-                f"seeds are {len(seeds)}{' together with draws' if draws else ''}; accepted: {len(image)}, one for each "
-                "sample, and no draws"
-            )
+
+
+def _neither(mask: Tensor) -> Tensor:
+    """Where a mask is neither 0 nor 1."""
+    return (mask != 0) & (mask != 1)
+
+
+def _wrong_mask(mask: Tensor, wrong: int) -> ValueError:
+    value = mask[_neither(mask)][0].item()
+    return ValueError(
+        f"mask has {wrong} values such as {value}; accepted: bool, or 1 = known and 0 = hole, nothing else"
+    )
 
 
 # ---- what weights say about their network ---------------------------------------------------------------------------
@@ -341,7 +408,8 @@ def config_from_state_dict(state: Mapping[str, Tensor]) -> dict[str, Any]:
     give `pixels="imagenet"` for the ImageNet files of the second generation), nor whether decoding keeps the known pixels
     (`composite=True`: the files for faces of the second generation).
 
-    Raises: `KeyError` with the key that such a network has and this state dict lacks.
+    Raises: `KeyError` with the key that such a network has and this state dict lacks; `ValueError` for more logits than
+        codes.
     """
     later = "blocks.0.attn.qkv.weight" in state
     width, layers = state["emb_proj.weight"].shape[0], 0
@@ -350,8 +418,11 @@ def config_from_state_dict(state: Mapping[str, Tensor]) -> dict[str, Any]:
     if not layers:
         raise KeyError("blocks.0.attn.proj.weight")
     classes, length = state["to_logits.weight"].shape[0], state["pos_emb"].shape[1]
+    codec = codec_config(state, "content_codec.")
+    if classes > codec["codes"]:
+        raise ValueError(f"{classes} logits for {codec['codes']} codes; accepted: one for each code, or fewer")
     return {
-        "codec": codec_config(state, "content_codec.") | {"split": classes},
+        "codec": codec | {"split": classes},
         "generation": "tpami" if later else "cvpr",
         "grid": (math.isqrt(length), length // max(1, math.isqrt(length))),
         "layers": layers,

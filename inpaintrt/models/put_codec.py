@@ -187,8 +187,12 @@ class PixelRange(NamedTuple):
     std: tuple[float, ...] = (1.0, 1.0, 1.0)
 
     def _like(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        # Rounded to float32 before all else, as the public code has them.
-        scale, mean, std = (torch.tensor(v, device=x.device).to(x.dtype).view(1, 3, 1, 1) for v in self)
+        # Rounded to float32 before all else, as the public code has them; filled there: a copy would wait for the device.
+        def made(values: tuple[float, ...]) -> Tensor:
+            each = [torch.full((1, 1, 1), value, dtype=torch.float32, device=x.device) for value in values]
+            return torch.stack(each, 1).to(x.dtype)
+
+        scale, mean, std = map(made, self)
         return scale, mean, std
 
     def normalise(self, x: Tensor) -> Tensor:
@@ -217,7 +221,8 @@ class PVQVAE(nn.Module):
         pixels: what pixels are normalised to: None for -1 to 1, "imagenet", or another range.
         composite: keep the known pixels in the decoded image.
 
-    Raises: `ValueError` for another patch, or another name of a range.
+    Raises: `ValueError` for another patch, another name of a range, a split above the codes, or numbers that no network can
+        be made of.
     """
 
     def __init__(
@@ -239,6 +244,16 @@ class PVQVAE(nn.Module):
         super().__init__()
         if patch not in (8, 16):
             raise ValueError(f"patch is {patch}; accepted: 8, 16")
+        if not 0 < split <= codes:
+            raise ValueError(
+                f"split is {split}; accepted: 1 to {codes}, the codes; as many as these: a single codebook"
+            )
+        if min(width, channels, outputs, decoder_channels) < 1 or min(blocks, decoder_blocks, blocks_per_scale) < 0:
+            raise ValueError(
+                f"width is {width}, channels {channels}, outputs {outputs}, blocks {blocks}, decoder_channels "
+                f"{decoder_channels}, decoder_blocks {decoder_blocks}, blocks_per_scale {blocks_per_scale}; accepted: 1 or "
+                "more each, blocks 0 or more"
+            )
         if isinstance(pixels, str):
             if pixels != "imagenet":
                 raise ValueError(f"pixels are {pixels!r}; accepted: 'imagenet', a PixelRange, None")
@@ -260,9 +275,12 @@ class PVQVAE(nn.Module):
         return self.quant_conv(self.encoder(self.pixels.normalise(image)))  # type: ignore[no-any-return]
 
     def decode(self, tokens: Tensor, image: Tensor, mask: Tensor) -> Tensor:
-        """The image (B, 3, H, W), 0 to 255, of tokens (B, h, w), with the known pixels of `image` as reference."""
+        """The image (B, 3, H, W), 0 to 255, of tokens (B, h, w), with the known pixels of `image` as reference.
+
+        mask: (B, 1, H, W), 1 = known, 0 = hole, whose pixels are not read.
+        """
+        known = torch.where(mask != 0, image, 0.0)
         mask = mask.to(image.dtype)
-        known = image * mask
         raw = self.decoder(self.features(tokens), self.pixels.normalise(known), mask)
         out = self.pixels.pixels(raw)
         return out * (1 - mask) + known if self.composite else out

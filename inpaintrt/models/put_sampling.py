@@ -35,10 +35,11 @@ class Tokens:
 def kept_classes(top_k: float, classes: int) -> int:
     """How many classes a filter keeps: of 0 to 1, the share that is left out (at least one stays); above, a number.
 
-    Raises: `ValueError` for a negative number or more than there are.
+    Raises: `ValueError` for a negative number, more than there are, and a fraction above 1.
     """
-    if not 0 <= top_k <= classes:
-        raise ValueError(f"top_k is {top_k}; accepted: 0 to 1 (share of classes left out), or 2 to {classes} classes")
+    number = isinstance(top_k, (int, float)) and not isinstance(top_k, bool)
+    if not number or not 0 <= top_k <= classes or (top_k > 1 and top_k != int(top_k)):
+        raise ValueError(f"top_k is {top_k!r}; accepted: 0 to 1 (share of classes left out), or 2 to {classes} classes")
     return max(int((1 - top_k) * classes), 1) if top_k <= 1 else int(top_k)
 
 
@@ -94,6 +95,35 @@ def _wrong(tokens_per_step: object) -> str:
     return f"tokens_per_step is {tokens_per_step!r}; accepted: a number, {names} with a number K of passes, or None"
 
 
+def seed_numbers(seeds: int | Sequence[int] | Tensor, samples: int, *, alone: bool = True) -> list[int]:
+    """The seeds of so many samples; `alone`: without draws beside them.
+
+    Raises: `ValueError` for another number of them, and for what are no integers of 64 bits.
+    """
+    if isinstance(seeds, Tensor) and (seeds.dim() != 1 or seeds.dtype != torch.int64):
+        raise ValueError(
+            f"seeds are {tuple(seeds.shape)} {seeds.dtype}; accepted: int64 (n,), or a sequence of integers"
+        )
+    numbers = seeds.tolist() if isinstance(seeds, Tensor) else [seeds] if isinstance(seeds, int) else [*seeds]
+    if not alone or len(numbers) != samples:
+        raise ValueError(
+            f"seeds are {len(numbers)}{'' if alone else ' together with draws'}; accepted: {samples}, one for each "
+            "sample, and no draws"
+        )
+    if wrong := [n for n in numbers if not isinstance(n, int) or not -(2**63) <= n < 2**64]:
+        raise ValueError(f"seeds hold {wrong[0]!r}; accepted: integers of 64 bits")
+    return numbers
+
+
+def check_drawn(drawn: Tensor, shape: tuple[int, int, int], device: torch.device) -> None:
+    """Raises: `ValueError` for random numbers of another shape or place."""
+    if tuple(drawn.shape) != shape or not drawn.is_floating_point() or drawn.device != device:
+        raise ValueError(
+            f"draws are {tuple(drawn.shape)} {drawn.dtype} on {drawn.device}; accepted: {shape} (samples, rows, classes), "
+            f"floating on {device}"
+        )
+
+
 def seeded(seeds: Sequence[int], each: int, device: torch.device) -> Draws:
     """Draws, `each` rows a pass, that depend on a sample's own seed only: not on its place, nor on the other samples."""
     generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
@@ -118,5 +148,6 @@ def choose(logits: Tensor, keep: int, temperature: float, exponentials: Tensor) 
 
 
 def check_temperature(temperature: float) -> None:
-    if not (temperature > 0 and math.isfinite(temperature)):
-        raise ValueError(f"temperature is {temperature}; accepted: more than 0 (logits are multiplied by it)")
+    number = isinstance(temperature, (int, float)) and not isinstance(temperature, bool)
+    if not number or not (temperature > 0 and math.isfinite(temperature)):
+        raise ValueError(f"temperature is {temperature!r}; accepted: more than 0 (logits are multiplied by it)")

@@ -11,7 +11,6 @@ four that count; where the filter is an outer product, kernels filter rows and c
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from numbers import Integral
 
 import torch
 from torch import Tensor
@@ -156,8 +155,8 @@ def upfirdn2d(
 
     Sums are float32, rounded once. Source: Karras et al., CVPR 2020, appendix B.
     """
-    pairs = [[int(n)] * 2 if isinstance(n, Integral) else list(n) for n in (up, down)]
-    sides = [int(padding)] * 4 if isinstance(padding, Integral) else list(padding)
+    pairs = [list(n) if isinstance(n, Sequence) else [int(n)] * 2 for n in (up, down)]
+    sides = list(padding) if isinstance(padding, Sequence) else [int(padding)] * 4
     if len(sides) == 2:
         sides = [sides[0], sides[0], sides[1], sides[1]]
     return _call(x, as_filter(f, x), *pairs, sides, flip_filter, gain)  # type: ignore[no-any-return]
