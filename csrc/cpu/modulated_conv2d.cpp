@@ -7,6 +7,7 @@
 // channels only.
 #include <cmath>
 
+#include "conv_call.h"
 #include "modulated_call.h"
 #include "resample_image.h"
 

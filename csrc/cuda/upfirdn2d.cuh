@@ -2,6 +2,7 @@
 // (resample.cuh).
 #pragma once
 
+#include "plan/upfirdn2d.h"
 #include "resample.cuh"
 
 namespace irt {

@@ -1,4 +1,6 @@
 // Launch plan of upfirdn2d.
+#include "upfirdn2d.h"
+
 #include "resample_plan.h"
 
 #include "upfirdn2d_call.h"
