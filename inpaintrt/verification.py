@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from . import adapters
 from .report import Report
@@ -226,4 +227,4 @@ def _adapter_name(module: nn.Module) -> str:
 
 
 def _clone(args: Any) -> Any:
-    return tuple(_clone(a) if isinstance(a, tuple) else a.clone() if isinstance(a, Tensor) else a for a in args)
+    return tree_map_only(Tensor, Tensor.clone, args)

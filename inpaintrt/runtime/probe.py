@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.utils._pytree import tree_map_only
 
 from inpaintrt.testing.compare import Numerics, close_to_truth, flat_tensors
 from inpaintrt.testing.recipe import state_for
@@ -150,18 +151,12 @@ def _difference(
 
 
 def in_double(args: Any) -> Any:
-    """`args` with floating-point tensors in float64, in tuples too; masks of integers stay as they are."""
-
-    def one(a: Any) -> Any:
-        return a.double() if isinstance(a, Tensor) and a.is_floating_point() else a
-
-    return tuple(in_double(a) if isinstance(a, tuple) else one(a) for a in args)
+    """`args` with floating-point tensors in float64, also those within tuples and lists; masks of integers stay as they are."""
+    return tree_map_only(Tensor, lambda t: t.double() if t.is_floating_point() else t, args)
 
 
 def _convert(args: Any, device: torch.device) -> Any:
-    return tuple(
-        _convert(a, device) if isinstance(a, tuple) else a.to(device) if isinstance(a, Tensor) else a for a in args
-    )
+    return tree_map_only(Tensor, lambda t: t.to(device), args)
 
 
 def _shapes(args: Any) -> str:
