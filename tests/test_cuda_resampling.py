@@ -4,10 +4,8 @@ and the cupy backend on simulated kernels. That everything compiles for GPUs is 
 from __future__ import annotations
 
 import contextlib
-import math
 import mmap
 import shutil
-from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -20,18 +18,16 @@ from inpaintrt.runtime.policy import use_ieee
 from inpaintrt.testing import assert_close_to_truth
 from inpaintrt.testing.layouts import LAYOUTS
 
-from .cuda import simulation
-from .cuda.simulation import CPU, Plan, SimulatedCupy, Simulator
+from .cuda.simulation import CPU, SimulatedCupy, Simulator
 from .once import simulator
 from .test_cuda_build import ENTRIES
-from .test_cuda_convolution import KINDS, kernels, numbers, tf32
+from .test_cuda_convolution import KINDS, Args, Simulators, kernels, numbers, plan, tf32
+from .test_cuda_convolution import compute as computed
 
 pytestmark = pytest.mark.skipif(bool(native.missing()), reason=native.missing() or "native")
 
 OPS = ("modulated_conv2d", "upfirdn2d")
 FILTER = torch.tensor([1.0, 3.0, 3.0, 1.0]).outer(torch.tensor([1.0, 3.0, 3.0, 1.0])) / 64
-
-Args = Sequence[Any]
 
 
 def modulated(x: Tensor, weight: Tensor, style: Tensor, f: Tensor | None = None, **options: Any) -> list[Any]:
@@ -56,10 +52,6 @@ def arguments(op: str, dtype: torch.dtype = torch.float32, batch: int = 2, **opt
     ends = {"activation": "leaky_relu", "gain": 2**0.5, "clamp": 2.0, "padding": 1}
     weight, style = (numbers(10, 6, 3, 3, seed=1) / 7).to(dtype), numbers(batch, 6, seed=2)
     return modulated(x, weight, style, FILTER if up != down else None, **more, **ends, **options)
-
-
-def plan(op: str, args: Args, outs: Sequence[Tensor] | None = None, *, ieee: bool = True) -> Plan:
-    return simulation.plan(op, args, registry.get(op).out(*args) if outs is None else outs, ieee=ieee)
 
 
 # ---- launch plans --------------------------------------------------------------------------------------------------
@@ -145,8 +137,6 @@ def test_more_than_a_launch_can_cover_is_refused(op: str) -> None:
 
 # ---- the kernels, simulated ----------------------------------------------------------------------------------------
 
-Simulators = Callable[[str], Simulator]
-
 
 @pytest.fixture(scope="module")
 def simulators(tmp_path_factory: pytest.TempPathFactory) -> Simulators:
@@ -162,13 +152,8 @@ def simulators(tmp_path_factory: pytest.TempPathFactory) -> Simulators:
     return of
 
 
-def compute(simulators: Simulators, op: str, args: Args, *, ieee: bool = True, reverse: bool = False) -> Tensor:
-    """The kernels' output, in memory that is watched on both sides."""
-    (like,) = registry.get(op).out(*args)
-    memory = torch.full((like.numel() + 64,), 77.0, dtype=like.dtype)
-    out = memory[32 : 32 + like.numel()].as_strided(like.shape, like.stride(), 32).fill_(math.nan)
-    simulators(op)(plan(op, args, (out,), ieee=ieee), reverse=reverse)
-    assert bool((memory[:32] == 77).all() and (memory[-32:] == 77).all())
+def compute(simulators: Simulators, op: str, args: Args, **options: bool) -> Tensor:
+    (out,) = computed(simulators, op, args, **options)
     return out
 
 
