@@ -217,6 +217,38 @@ def _by(algorithm, *args, **kwargs):
         native.prefer(before)
 
 
+ALONG_ROWS = {5: "winograd F(4,5) along rows", 7: "winograd F(2,7) along rows"}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("mode", ["zeros", "reflect", "replicate"])
+@pytest.mark.parametrize(("height", "width"), [(5, 5), (7, 7), (1, 5), (3, 7), (8, 5)])
+def test_winograd_along_rows_equals_the_direct_form(height, width, mode, dtype):
+    """Rows of one tile and of several groups of tiles, in one strip and in two; more channels than a vector has."""
+    generator = torch.Generator().manual_seed(1)
+    for c, outputs, h, w in [(1, 1, 8, 4), (4, 37, 11, 131), (19, 24, 9, 30), (33, 5, 5, 1200)]:
+        x = torch.randn(2, c, h, w, generator=generator).to(dtype)
+        weight = (torch.randn(outputs, c, height, width, generator=generator) / (c * height * width) ** 0.5).to(dtype)
+        bias = torch.randn(outputs, generator=generator).to(dtype)
+        call = {"padding": [height // 2, 3, height // 2, 2], "padding_mode": mode, "activation": "elu"}
+        with _by(ALONG_ROWS[width], x, weight, bias, **call):
+            got = ops.fused_conv2d(x, weight, bias, **call)
+        truth, own = _reference(x.double(), weight.double(), bias.double(), **call), _reference(x, weight, bias, **call)
+        assert_close_to_truth(got, truth, own, numerics=WINOGRAD if dtype == torch.float32 else DIRECT)
+
+
+@pytest.mark.parametrize(("c", "outputs", "kernel", "side"), [(4, 64, 7, 256), (5, 32, 5, 256), (64, 64, 5, 48)])
+def test_error_along_rows_at_real_layers(c, outputs, kernel, side):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(1, c, side, side, generator=generator)
+    weight = torch.randn(outputs, c, kernel, kernel, generator=generator) / (kernel**2 * c) ** 0.5
+    with _by(ALONG_ROWS[kernel], x, weight, padding=[kernel // 2] * 4):
+        got = ops.fused_conv2d(x, weight, padding=kernel // 2)
+    truth, own = F.conv2d(x.double(), weight.double(), padding=kernel // 2), F.conv2d(x, weight, padding=kernel // 2)
+    assert close_to_truth(got, truth, own, numerics=Numerics(rms=4.0, max=6.0)).ok
+    assert float((got - truth).square().mean().sqrt() / truth.square().mean().sqrt()) < 1e-6
+
+
 BY_PHASES = {2: "winograd F(4×4,2×2) by phases", 3: "winograd F(4×4,3×3) by phases"}
 STRIDED = [(3, 2, {"stride": 2}), (4, 2, {"stride": 2}), (5, 3, {"stride": 2})]
 TRANSPOSED = [
@@ -413,7 +445,8 @@ def test_lanes_state_their_numerics():
     + [((k, k), {"stride": 2, "transposed": True}) for k in range(1, 8)]
     + [((k, k), {"upsample": 2}) for k in range(1, 8)]
     + [((3, 4), {"stride": 2}), ((3, 5), {"stride": 2}), ((3, 3), {"stride": 2, "dilation": 2})]
-    + [((3, 3), {"stride": 3}), ((3, 3), {"stride": 2, "upsample": 2}), ((3, 3), {"dilation": 3}), ((3, 5), {})],
+    + [((3, 3), {"stride": 3}), ((3, 3), {"stride": 2, "upsample": 2}), ((3, 3), {"dilation": 3}), ((3, 5), {})]
+    + [((5, 3), {}), ((1, 7), {}), ((7, 7), {}), ((7, 7), {"dilation": 2}), ((7, 7), {"stride": 2})],
 )
 def test_numerics_are_winograds_where_the_engine_may_take_it(sides, options):
     weight = torch.randn(4, 4, *sides)

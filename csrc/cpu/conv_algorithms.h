@@ -15,6 +15,9 @@ void columns(const Call& call, irt_status& status);       // any call that is no
 void winograd_f43(const Call& call, irt_status& status);  // 3×3, stride 1
 void winograd_f23(const Call& call, irt_status& status);  // likewise, with the direct form's rounding error
 void winograd_f25(const Call& call, irt_status& status);  // 5×5, stride 1
+// Along rows only: filters 5 or 7 wide, of any height, stride 1, not dilated; meant for few channels.
+void rows_f45(const Call& call, irt_status& status);
+void rows_f27(const Call& call, irt_status& status);
 // What has phases of stride 1 (Tiling::halves) with up to two taps a dimension: a stride of 2 or a transposed one with
 // 3×3 or 4×4 filters, 3×3 on a doubled image. With up to three: 5×5 and 6×6.
 void winograd_f42_phases(const Call& call, irt_status& status);

@@ -54,6 +54,24 @@ double winograd_cost(const Call& call) {
          kTile * all * (in_blocks + blocks);
 }
 
+// Along rows: as many sums of products as the direct form has, over Form::kInputs / Form::kOutputs times fewer taps.
+template <class Form>
+double rows_cost(const Call& call) {
+  constexpr double kPoints = static_cast<double>(Form::kInputs) / Form::kOutputs, kTile = 6;
+  const double pixels = static_cast<double>(call.batch()) * static_cast<double>(call.height() * call.width());
+  const double blocks = static_cast<double>(ceil_div(Filters(call).blocks, 2) * 2);
+  const double inputs = static_cast<double>(call.inputs()), in_blocks = static_cast<double>(ceil_div(call.inputs(), W));
+  const double filters = static_cast<double>(call.kernel_height() * Form::kTaps) * inputs * blocks;
+  return pixels * kPoints *
+             (static_cast<double>(call.kernel_height()) * inputs * blocks + kTile * (in_blocks + blocks)) +
+         40 * filters + 12 * pixels * blocks;
+}
+
+template <class Form>
+bool along_rows(const Call& c) {
+  return unstrided(c) && c.dilation == 1 && c.kernel_width() == Form::kTaps && !c.ieee;
+}
+
 template <class Form>
 bool by_phases(const Call& call) {
   if (call.ieee || !Tiling::halves(call)) return false;
@@ -138,6 +156,8 @@ constexpr Algorithm kAlgorithms[] = {
      winograd_cost<winograd::F23>},
     {"winograd F(2×2,5×5)", winograd_f25,
      [](const Call& c) { return unstrided(c) && near(c) && square(c, 5) && !c.ieee; }, winograd_cost<winograd::F25>},
+    {"winograd F(4,5) along rows", rows_f45, along_rows<winograd::F45>, rows_cost<winograd::F45>},
+    {"winograd F(2,7) along rows", rows_f27, along_rows<winograd::F27>, rows_cost<winograd::F27>},
     {"winograd F(4×4,2×2) by phases", winograd_f42_phases, by_phases<winograd::F42>, phases_cost<winograd::F42>},
     {"winograd F(4×4,3×3) by phases", winograd_f43_phases, by_phases<winograd::F43>, phases_cost<winograd::F43>},
 };

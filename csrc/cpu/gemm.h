@@ -108,7 +108,7 @@ template <class Lane, int kRows, class Of, class End>
 static inline void sum_of_products(const Blocks& shape, int64_t count, const Of& factors, const End& end) {
   constexpr int kLongest = Lane::kChannels == 1 ? kChain : INT_MAX;
   Place at = {0, 0, factors(0)};
-  if (count * shape.groups <= kLongest / Vec::kWidth) {
+  if (count * (panel_floats(shape) / kPanelColumns) <= kLongest) {
     Vec sums[kRows][kPanelVectors];
     chain<Lane, kRows>(shape, count, factors, INT_MAX, at, sums);
     return each<kRows>([&](int r, int v) { end(r, v, sums[r][v]); });

@@ -16,74 +16,122 @@
 
 namespace irt::INPAINTRT_ISA::winograd {
 
-// Six points 0, ±3/4, ±3/2, ∞: exact in binary and closer together than the textbook's 0, ±1, ±2, ∞, which halves the
-// RMS error and quarters the largest. What error remains is cancellation in the products' sums, which no care in here
-// could remove.
-constexpr float kA = 0.75f, kB = 1.5f, kA2 = kA * kA, kB2 = kB * kB;
-constexpr float kAtA = 2 * kA2 * (kA2 - kB2), kAtB = 2 * kB2 * (kB2 - kA2), kAtZero = kA2 * kB2;  // Π(p_i − p_j)
+// Points 0, ±p and ∞, for each p of a set. All are exact in binary.
+//
+// Six: closer together than the textbook's 0, ±1, ±2, ∞, which halves the RMS error and quarters the largest. What
+// error remains is cancellation in the products' sums, which no care in here could remove.
+struct SixPoints {
+  static constexpr int kPairs = 2;
+  static constexpr float at[kPairs] = {0.75f, 1.5f};
+};
+// Eight, for one dimension only: the best of all multiples of 1/4 up to 5/2.
+struct EightPoints {
+  static constexpr int kPairs = 3;
+  static constexpr float at[kPairs] = {0.5f, 1.0f, 2.0f};
+};
 
-IRT_INLINE void six_inputs(const Vec (&d)[6], Vec (&t)[6]) {
-  const Vec sum(-(kA2 + kB2)), product(kA2 * kB2);
-  t[0] = fma(product, d[0], fma(sum, d[2], d[4]));
-  t[5] = fma(product, d[1], fma(sum, d[3], d[5]));
-  const Vec even_a = fma(Vec(-kB2), d[2], d[4]), odd_a = fma(Vec(-kB2), d[1], d[3]);
-  const Vec even_b = fma(Vec(-kA2), d[2], d[4]), odd_b = fma(Vec(-kA2), d[1], d[3]);
-  t[1] = fma(Vec(kA), odd_a, even_a);
-  t[2] = fma(Vec(-kA), odd_a, even_a);
-  t[3] = fma(Vec(kB), odd_b, even_b);
-  t[4] = fma(Vec(-kB), odd_b, even_b);
-}
+// The weights of m outputs of r taps at a set of points. Polynomials are split into their even and odd parts, which p
+// and −p share: they are polynomials in p².
+template <int m, int r, class Points>
+struct FormWeights {
+  static constexpr int kPairs = Points::kPairs, kMost = m > r ? m : r;
+  float all[kPairs + 1] = {};           // Π(x − p_j²): its coefficients, rising
+  float rest[kPairs][kPairs + 1] = {};  // likewise, without p_i²
+  float zero = 1;                       // 1 / Π(p_i − p_j) for p_i = 0
+  float tap[kMost][kPairs] = {};        // p_i^k / Π(p_i − p_j)
+  float power[kMost][kPairs] = {};      // p_i^k
 
-// Four outputs of three taps.
-struct F43 {
-  static constexpr int kOutputs = 4, kTaps = 3, kInputs = 6;
-
-  IRT_INLINE void input(const Vec (&d)[6], Vec (&t)[6]) { six_inputs(d, t); }
-  IRT_INLINE void filter(const Vec (&g)[3], Vec (&t)[6]) {
-    t[0] = g[0] * Vec(1 / kAtZero);
-    const Vec even_a = fma(g[2], Vec(kA2 / kAtA), g[0] * Vec(1 / kAtA)), odd_a = g[1] * Vec(kA / kAtA);
-    const Vec even_b = fma(g[2], Vec(kB2 / kAtB), g[0] * Vec(1 / kAtB)), odd_b = g[1] * Vec(kB / kAtB);
-    t[1] = even_a + odd_a;
-    t[2] = even_a - odd_a;
-    t[3] = even_b + odd_b;
-    t[4] = even_b - odd_b;
-    t[5] = g[2];
+  constexpr FormWeights() {
+    multiply(-1, all);
+    zero = 1 / all[0];
+    for (int i = 0; i < kPairs; ++i) {
+      const float p = Points::at[i];
+      multiply(i, rest[i]);
+      float at = 0;
+      for (int k = kPairs; k >= 0; --k) at = at * p * p + rest[i][k];
+      for (int k = 0; k < kMost; ++k) {
+        power[k][i] = k ? power[k - 1][i] * p : 1;
+        tap[k][i] = power[k][i] / (2 * p * p * at);
+      }
+    }
   }
-  IRT_INLINE void output(const Vec (&m)[6], Vec (&y)[4]) {
-    const Vec even_a = m[1] + m[2], odd_a = m[1] - m[2], even_b = m[3] + m[4], odd_b = m[3] - m[4];
-    y[0] = m[0] + (even_a + even_b);
-    y[1] = fma(Vec(kB), odd_b, odd_a * Vec(kA));
-    y[2] = fma(Vec(kB2), even_b, even_a * Vec(kA2));
-    y[3] = fma(Vec(kB2 * kB), odd_b, fma(Vec(kA2 * kA), odd_a, m[5]));
+
+ private:
+  static constexpr void multiply(int without, float (&product)[kPairs + 1]) {
+    product[0] = 1;
+    for (int j = 0; j < kPairs; ++j) {
+      if (j == without) continue;
+      const float root = Points::at[j] * Points::at[j];
+      for (int k = kPairs; k > 0; --k) product[k] = product[k - 1] - root * product[k];
+      product[0] *= -root;
+    }
   }
 };
 
-// Two outputs of five taps, at the same points.
-struct F25 {
-  static constexpr int kOutputs = 2, kTaps = 5, kInputs = 6;
+// m outputs of r taps.
+template <int m, int r, class Points>
+struct Form {
+  static constexpr int kOutputs = m, kTaps = r, kInputs = m + r - 1, kPairs = Points::kPairs;
+  static_assert(kInputs == 2 * kPairs + 2);
 
-  IRT_INLINE void input(const Vec (&d)[6], Vec (&t)[6]) { six_inputs(d, t); }
-  IRT_INLINE void filter(const Vec (&g)[5], Vec (&t)[6]) {
-    const auto at = [&](float square, float over, Vec& even, Vec& odd, float point) {
-      even = fma(g[4], Vec(square * square / over), fma(g[2], Vec(square / over), g[0] * Vec(1 / over)));
-      odd = fma(g[3], Vec(square * point / over), g[1] * Vec(point / over));
-    };
-    Vec even_a, odd_a, even_b, odd_b;
-    at(kA2, kAtA, even_a, odd_a, kA);
-    at(kB2, kAtB, even_b, odd_b, kB);
-    t[0] = g[0] * Vec(1 / kAtZero);
-    t[1] = even_a + odd_a;
-    t[2] = even_a - odd_a;
-    t[3] = even_b + odd_b;
-    t[4] = even_b - odd_b;
-    t[5] = g[4];
+  IRT_INLINE void input(const Vec (&d)[kInputs], Vec (&t)[kInputs]) {
+    t[0] = weigh<kPairs>(kWeights.all, d);
+    t[kInputs - 1] = weigh<kPairs>(kWeights.all, d + 1);
+#pragma GCC unroll 4
+    for (int i = 0; i < kPairs; ++i) {
+      const Vec even = weigh<kPairs - 1>(kWeights.rest[i], d + 2), odd = weigh<kPairs - 1>(kWeights.rest[i], d + 1);
+      t[1 + 2 * i] = fma(Vec(Points::at[i]), odd, even);
+      t[2 + 2 * i] = fma(Vec(-Points::at[i]), odd, even);
+    }
   }
-  IRT_INLINE void output(const Vec (&m)[6], Vec (&y)[2]) {
-    const Vec odd_a = m[1] - m[2], odd_b = m[3] - m[4];
-    y[0] = m[0] + ((m[1] + m[2]) + (m[3] + m[4]));
-    y[1] = fma(Vec(kB), odd_b, fma(Vec(kA), odd_a, m[5]));
+  IRT_INLINE void filter(const Vec (&g)[r], Vec (&t)[kInputs]) {
+    t[0] = g[0] * Vec(kWeights.zero);
+    t[kInputs - 1] = g[r - 1];
+#pragma GCC unroll 4
+    for (int i = 0; i < kPairs; ++i) {
+      Vec sums[2] = {g[0] * Vec(kWeights.tap[0][i]), g[1] * Vec(kWeights.tap[1][i])};  // of even and odd taps
+#pragma GCC unroll 8
+      for (int k = 2; k < r; ++k) sums[k % 2] = fma(g[k], Vec(kWeights.tap[k][i]), sums[k % 2]);
+      t[1 + 2 * i] = sums[0] + sums[1];
+      t[2 + 2 * i] = sums[0] - sums[1];
+    }
+  }
+  IRT_INLINE void output(const Vec (&v)[kInputs], Vec (&y)[m]) {
+    Vec parts[2][kPairs];  // even and odd
+#pragma GCC unroll 4
+    for (int i = 0; i < kPairs; ++i) {
+      parts[0][i] = v[1 + 2 * i] + v[2 + 2 * i], parts[1][i] = v[1 + 2 * i] - v[2 + 2 * i];
+    }
+    Vec sum = parts[0][0];
+#pragma GCC unroll 4
+    for (int i = 1; i < kPairs; ++i) sum = sum + parts[0][i];
+    y[0] = v[0] + sum;
+#pragma GCC unroll 8
+    for (int k = 1; k < m; ++k) {
+      const Vec first(kWeights.power[k][0]);
+      y[k] = k == m - 1 ? fma(first, parts[k % 2][0], v[kInputs - 1]) : parts[k % 2][0] * first;
+#pragma GCC unroll 4
+      for (int i = 1; i < kPairs; ++i) y[k] = fma(Vec(kWeights.power[k][i]), parts[k % 2][i], y[k]);
+    }
+  }
+
+ private:
+  static constexpr FormWeights<m, r, Points> kWeights{};
+
+  // Every second input, by a polynomial whose leading coefficient is 1.
+  template <int kDegree>
+  IRT_INLINE Vec weigh(const float (&by)[kPairs + 1], const Vec* d) {
+    Vec sum = d[2 * kDegree];
+#pragma GCC unroll 4
+    for (int i = kDegree - 1; i >= 0; --i) sum = fma(Vec(by[i]), d[2 * i], sum);
+    return sum;
   }
 };
+
+using F43 = Form<4, 3, SixPoints>;
+using F25 = Form<2, 5, SixPoints>;
+using F45 = Form<4, 5, EightPoints>;
+using F27 = Form<2, 7, EightPoints>;
 
 // Four outputs of two taps, at ±1/2, ±5/4, ∞: of all multiples of 1/8 up to 5/2 those with the least largest error,
 // which is below F43's. The factors 1/Π(p_i − p_j) are with the outputs, so that a filter of one tap has the same value

@@ -56,10 +56,11 @@ struct Setting {
   // Whether the engine may take one of Winograd's forms.
   bool spreads() const {
     const bool plain = !transposed && stride == 1 && kh == kw && (kh == 3 || kh == 5);
+    const bool rows = !transposed && stride == 1 && dilation == 1 && (kw == 5 || kw == 7);
     const auto taps = [&](int64_t side) { return stride == 2 ? (side + 1) / 2 : side / 2 + 1; };
     const bool two = (stride == 2 && upsample == 1) || (stride == 1 && upsample == 2);
     const bool phases = two && dilation == 1 && taps(kh) == taps(kw) && (taps(kh) == 2 || taps(kh) == 3);
-    return plain || phases;
+    return plain || rows || phases;
   }
   std::string text() const {
     char line[400];

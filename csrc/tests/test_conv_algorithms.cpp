@@ -52,7 +52,8 @@ struct Algorithm {
   int64_t kernel;  // or 0: any
   bool spreads;    // see convolution.h
   double units;
-  int64_t taps = 0;  // of the largest phase, if it goes by phases
+  int64_t taps = 0;   // of the largest phase, if it goes by phases
+  bool rows = false;  // whether the filter may have any height
 };
 const Algorithm kAlgorithms[] = {
     {"direct", conv::direct, 0, false, kDirectUnits},
@@ -62,6 +63,8 @@ const Algorithm kAlgorithms[] = {
     {"F(4x4, 3x3)", conv::winograd_f43, 3, true, kWinogradUnits},
     {"F(2x2, 3x3)", conv::winograd_f23, 3, true, kWinogradIeeeUnits},
     {"F(2x2, 5x5)", conv::winograd_f25, 5, true, kWinogradUnits},
+    {"F(4, 5) along rows", conv::rows_f45, 5, true, kWinogradUnits, 0, true},
+    {"F(2, 7) along rows", conv::rows_f27, 7, true, kWinogradUnits, 0, true},
     {"F(4x4, 2x2) by phases", conv::winograd_f42_phases, 3, true, kWinogradUnits, 2},
     {"F(4x4, 3x3) by phases", conv::winograd_f43_phases, 5, true, kWinogradUnits, 3},
 };
@@ -109,6 +112,7 @@ Setting setting_for(const Algorithm& algorithm, Random& random) {
     if (algorithm.run != conv::direct) s.transposed = false, s.output_padding = 0;
     if (algorithm.run != conv::direct && algorithm.run != conv::columns) s.stride = 1;
     if (algorithm.kernel) s.kh = s.kw = algorithm.kernel;
+    if (algorithm.rows) s.kh = random.between(1, 7), s.dilation = 1;
     if (algorithm.run == conv::pointwise) s.pad(0);
     if (algorithm.run == conv::planar) s.outputs = random.between(1, conv::kFewFilters / (s.op == Op::gated ? 2 : 1));
     if (s.possible()) return s;
@@ -136,7 +140,7 @@ void every_number_of_tiles() {
       s.kh = s.kw = algorithm.kernel, s.inputs = 3, s.outputs = 2;
       s.h = size, s.w = 15 - size;
       if (!algorithm.taps) {
-        s.dilation = 1 + size % 3, s.pad(s.dilation * (s.kh / 2));
+        s.dilation = algorithm.rows ? 1 : 1 + size % 3, s.pad(s.dilation * (s.kh / 2));
         check_algorithm(algorithm, random, s);
         continue;
       }
@@ -232,7 +236,7 @@ void winograd_by_filters_in_groups() {
 
 // ---- the transforms: y = Aᵀ[(G g) ∘ (Bᵀ d)] is a convolution of one dimension --------------------------------------
 
-constexpr double kTransformUnits = 10.0;  // of ‖g‖₁ · max|d|: what was measured, with half as much again
+constexpr double kTransformUnits = 15.0;  // of ‖g‖₁ · max|d|: what was measured, with half as much again
 
 double number(Random& random) { return static_cast<double>(random.between(-0xffffff, 0xffffff)) * 0x1p-24; }
 
@@ -276,6 +280,8 @@ void transforms_are_convolutions() {
   check_transforms<winograd::F42>("F(4, 2)", random, false);
   check_transforms<winograd::F43>("F(4, 3)", random, false);
   check_transforms<winograd::F25>("F(2, 5)", random, false);
+  check_transforms<winograd::F45>("F(4, 5)", random, false);
+  check_transforms<winograd::F27>("F(2, 7)", random, false);
   check_transforms<winograd::F23>("F(2, 3) of whole numbers", random, true);  // has no other factor than 1/2: exact
 }
 

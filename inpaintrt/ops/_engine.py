@@ -37,7 +37,7 @@ def cpu_numerics(
 ) -> Numerics:
     """Winograd's where its algorithm may run: float32, never under "ieee".
 
-    That is 3×3 and 5×5 at stride 1 with any dilation; and by phases, undilated, convolutions and transposed ones of stride
+    That is, at stride 1, 3×3 and 5×5 with any dilation and, along rows, what is undilated and 5 or 7 wide; and by phases, undilated, convolutions and transposed ones of stride
     2 with filters of 3×3 to 6×6, and those of doubled images with up to 5×5.
     """
     sides = tuple(weight.shape[2:])
@@ -49,4 +49,5 @@ def cpu_numerics(
     else:
         taps = [0, 0]
     phases = dilation == 1 and taps in ([2, 2], [3, 3])
-    return WINOGRAD if (plain or phases) and x.dtype == torch.float32 and not ieee.get() else DIRECT
+    rows = stride == dilation == 1 and not transposed and sides[1] in (5, 7)
+    return WINOGRAD if (plain or rows or phases) and x.dtype == torch.float32 and not ieee.get() else DIRECT
