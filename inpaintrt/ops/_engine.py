@@ -37,8 +37,9 @@ def cpu_numerics(
 ) -> Numerics:
     """Winograd's where its algorithm may run: float32, never under "ieee".
 
-    That is, at stride 1, 3×3 and 5×5 with any dilation and, along rows, what is undilated and 5 or 7 wide; and by phases, undilated, convolutions and transposed ones of stride
-    2 with filters of 3×3 to 6×6, and those of doubled images with up to 5×5.
+    That is, at stride 1, 3×3 and 5×5 with any dilation and, along rows, what is undilated and 5 or 7 wide; and by phases,
+    undilated, convolutions and transposed ones of stride 2 with filters of 3×3 to 6×6, and those of doubled images with up
+    to 5×5.
     """
     sides = tuple(weight.shape[2:])
     plain = stride == 1 and not transposed and sides in ((3, 3), (5, 5))

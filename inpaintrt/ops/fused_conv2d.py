@@ -310,8 +310,8 @@ def fused_conv2d(
         UnsupportedError: a backend forced by `use_backend` cannot run this call.
 
     On the CPU, float32 and bfloat16 in one group have kernels. Sums are float32. Of float32, convolutions of 3×3, 5×5,
-    and 5 or 7 columns may be Winograd's, with an RMS error of up to 8 times and a largest error of up to 12 times the direct form's;
-    precision="ieee" keeps to the direct form and F(2×2, 3×3), whose error is the direct form's.
+    and 5 or 7 columns may be Winograd's, with an RMS error of up to 8 times and a largest error of up to 12 times the direct
+    form's; precision="ieee" keeps to the direct form and F(2×2, 3×3), whose error is the direct form's.
     """
     x, second = _in_two(x)
     if x.dim() != 4 or weight.dim() != 4:
