@@ -76,7 +76,7 @@ def test_every_declared_lane_has_its_files(op: str) -> None:
 
 
 def test_no_benchmark_without_an_op() -> None:
-    others = {"convolutions", "memory", "models", "overhead", "put", "startup"}
+    others = {"convolutions", "guided_unet", "memory", "models", "overhead", "put", "startup"}
     assert {path.stem.removeprefix("bench_") for path in ROOT.glob("benchmarks/bench_*.py")} == {*OPS, *others}
 
 

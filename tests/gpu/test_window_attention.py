@@ -85,13 +85,17 @@ def test_numerics_of_window_sizes(lane: str, size: int) -> None:
         check(forced(lane, SPEC, args), args)
 
 
-def test_switches_for_tf32_change_nothing(lane: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_switches_for_tf32_change_nothing(lane: str) -> None:
     q, k, v = (noise(1, 16, 16, 180, seed=i) for i in range(3))
     args = SPEC.bind(q, k, v, window_size=8, num_heads=6)
     before = forced(lane, SPEC, args)
-    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", True)
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
-    assert torch.equal(forced(lane, SPEC, args), before)
+    convolutions, products = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = True
+    try:
+        after = forced(lane, SPEC, args)
+    finally:
+        torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = convolutions, products
+    assert torch.equal(after, before)
     check(before, args)
 
 
