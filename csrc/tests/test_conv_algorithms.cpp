@@ -170,7 +170,7 @@ void long_sums() {
     largest = 0.0;
     for (int64_t inputs : {65, 130, 256}) {
       Setting s;
-      s.kh = s.kw = algorithm.kernel ? algorithm.kernel : 2, s.inputs = inputs, s.outputs = 3, s.h = 6, s.w = 7;
+      s.kh = s.kw = algorithm.kernel ? algorithm.kernel : 2, s.inputs = inputs, s.outputs = 3, s.h = 8, s.w = 9;
       s.stride = algorithm.taps ? 2 : 1;
       check_algorithm(algorithm, random, s);
     }

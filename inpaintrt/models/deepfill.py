@@ -15,6 +15,8 @@ from typing import Any, ClassVar, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from inpaintrt.options import only_known
+
 from .deepfill_layers import (
     ContextualAttention,
     ConvLayer,
@@ -285,11 +287,7 @@ class DeepFill(nn.Module):
         super().__init__()
         if port not in self.PORTS:
             raise ValueError(f"port is {port!r}; accepted: {', '.join(self.PORTS)}")
-        if unknown := sorted(set(options) - {field.name for field in fields(DeepFillOptions)}):
-            names = ", ".join(map(repr, unknown))
-            raise TypeError(
-                f"{type(self).__name__} has no option {names}; see inpaintrt.models.deepfill.DeepFillOptions"
-            )
+        only_known(type(self), options, [field.name for field in fields(DeepFillOptions)])
         self.options = _checked(replace(self.PORTS[port], **options))
         self.config = {"port": port, **asdict(self.options)}
         self.size_multiple = 4 * self.options.rate

@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from inpaintrt.options import only_known
+
 from .partialconv_layers import SCALES, PartialBlock, PartialConv2d, Shell
 
 Colour = tuple[float, float, float]
@@ -79,9 +81,7 @@ class PConvUNet(nn.Module):
         super().__init__()
         if port not in PORTS:
             raise ValueError(f"port is {port!r}; accepted: {', '.join(PORTS)}")
-        if unknown := sorted(set(options) - {field.name for field in fields(PConvUNetOptions)}):
-            names = ", ".join(map(repr, unknown))
-            raise TypeError(f"PConvUNet has no option {names}; see inpaintrt.models.partialconv_unet.PConvUNetOptions")
+        only_known(type(self), options, [field.name for field in fields(PConvUNetOptions)])
         self.options = _checked(replace(PORTS[port], **options))
         self.config = {"port": port, **asdict(self.options)}
         self.size_multiple = self.min_size = 1 << self.options.levels
