@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 Values = dict[str, Any]
@@ -69,14 +69,6 @@ def divided(options: Mapping[str, Any], network: Callable[..., Any]) -> tuple[Va
             raise ValueError(f"option {name} is {value!r}; accepted: {said}")
         (filled if name in filling else made)[name] = value
     return made, filled
-
-
-def only_known(network: type, given: Iterable[str], known: Iterable[str]) -> None:
-    """Raises: `TypeError` where a network is made with options that are neither its parameters nor `known`."""
-    names = dict.fromkeys([*accepted(network), *known])
-    if unknown := sorted(set(given) - set(names)):
-        said = ", ".join(map(repr, unknown))
-        raise TypeError(f"{network.__name__} has no option {said}; accepted: {', '.join(names)}")
 
 
 def accepted(function: Callable[..., Any] | None) -> dict[str, set[str]]:

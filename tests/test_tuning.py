@@ -21,6 +21,7 @@ from inpaintrt import cli, explanation, ops, tuner
 from inpaintrt.runtime import dispatch, native, policy, registry, tuning
 
 F43, F23 = "winograd F(4×4,3×3)", "winograd F(2×2,3×3)"
+ROWS = "winograd F(2,7) along rows"
 PHASES = "winograd F(4×4,2×2) by phases"
 
 
@@ -379,7 +380,7 @@ def test_explain_names_the_algorithms():
     names = text.removeprefix(f"{static}; ")
     assert "winograd F(" in names
     assert "pointwise ×" in names
-    known = {"pointwise", "direct", "planar", "columns", F43, F23, PHASES}
+    known = {"pointwise", "direct", "planar", "columns", F43, F23, PHASES, ROWS}
     assert {one.split(" ×")[0] for one in names.split(", ")} <= known, names
 
 

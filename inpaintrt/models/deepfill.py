@@ -9,13 +9,11 @@ pmconv1 …, allconv11 …), and a layout says where each one lies in a port's t
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
-
-from inpaintrt.options import only_known
 
 from .deepfill_layers import (
     ContextualAttention,
@@ -27,6 +25,7 @@ from .deepfill_layers import (
     convolution,
     upsample,
 )
+from .making import only_known
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -287,7 +286,7 @@ class DeepFill(nn.Module):
         super().__init__()
         if port not in self.PORTS:
             raise ValueError(f"port is {port!r}; accepted: {', '.join(self.PORTS)}")
-        only_known(type(self), options, [field.name for field in fields(DeepFillOptions)])
+        only_known(type(self), options, DeepFillOptions)
         self.options = _checked(replace(self.PORTS[port], **options))
         self.config = {"port": port, **asdict(self.options)}
         self.size_multiple = 4 * self.options.rate

@@ -14,13 +14,13 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from inpaintrt.options import only_known
+from .making import only_known
 
 Streams = tuple[Tensor | None, Tensor | None]
 PaddingMode = Literal["reflect", "zeros", "replicate", "circular"]
@@ -302,7 +302,7 @@ class LaMa(nn.Module):
         if output_activation not in OUTPUT_ACTIVATIONS:
             accepted = ", ".join(map(repr, OUTPUT_ACTIVATIONS))
             raise ValueError(f"output_activation is {output_activation!r}; accepted: {accepted}")
-        only_known(type(self), ffc, [field.name for field in fields(FFCOptions)])
+        only_known(type(self), ffc, FFCOptions)
         options = FFCOptions(**ffc)
         self.config = {
             "n_blocks": n_blocks, "base_width": base_width, "n_downsampling": n_downsampling, "ratio": ratio,

@@ -9,15 +9,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from inpaintrt.options import only_known
-
+from .making import only_known
 from .partialconv_layers import SCALES, PartialBlock, PartialConv2d, Shell
 
 Colour = tuple[float, float, float]
@@ -81,7 +80,7 @@ class PConvUNet(nn.Module):
         super().__init__()
         if port not in PORTS:
             raise ValueError(f"port is {port!r}; accepted: {', '.join(PORTS)}")
-        only_known(type(self), options, [field.name for field in fields(PConvUNetOptions)])
+        only_known(type(self), options, PConvUNetOptions)
         self.options = _checked(replace(PORTS[port], **options))
         self.config = {"port": port, **asdict(self.options)}
         self.size_multiple = self.min_size = 1 << self.options.levels
