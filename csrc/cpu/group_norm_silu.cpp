@@ -17,11 +17,12 @@ namespace irt::INPAINTRT_ISA {
 namespace {
 
 constexpr int64_t W = Vec::kWidth;
-constexpr int64_t kGrain = 16384;                    // elements a thread is worth waking for
-constexpr int64_t kUnit = 65536;                     // elements of one channel that one thread takes
-constexpr int64_t kMostPieces = 64;                  // of a sample in NHWC
-constexpr int64_t kTogether = int64_t{1} << 18;      // elements of small samples that are taken at a time in NHWC
-constexpr int64_t kStreamed = int64_t{16} << 20;     // bytes of output that are written past the cache
+constexpr int64_t kThread = 65536;                // elements a thread is worth waking for
+constexpr int64_t kPiece = 16384;                 // elements of a sample that are measured together in NHWC, at least
+constexpr int64_t kUnit = 65536;                  // elements of one channel that one thread takes
+constexpr int64_t kMostPieces = 64;               // of a sample in NHWC
+constexpr int64_t kTogether = int64_t{1} << 18;   // elements of small samples that are taken at a time in NHWC
+constexpr int64_t kStreamed = int64_t{16} << 20;  // bytes of output that are written past the cache
 constexpr int64_t kMostChannels = int64_t{1} << 40;  // whose sums can be counted in bytes
 enum { kOut, kX };                                   // operands of loops
 
@@ -267,7 +268,7 @@ struct Form {
       draw(i / norm.groups, i % norm.groups, all + i * n, line_arrays(space, i / norm.groups));
     };
     if (total >= norm.threads) {
-      return parallel_for(total, most(1, kGrain / of_group), norm.threads, [&](int64_t begin, int64_t end) {
+      return parallel_for(total, most(1, kThread / of_group), norm.threads, [&](int64_t begin, int64_t end) {
         for (int64_t i = begin; i < end; ++i) {
           for (int64_t k = 0; k < n; ++k) measure(i * n + k, all);
           draw_group(i);
@@ -275,7 +276,7 @@ struct Form {
         }
       });
     }
-    const int64_t grain = most(1, kGrain / most(1, of_group / n));
+    const int64_t grain = most(1, kThread / most(1, of_group / n));
     parallel_for(total * n, grain, norm.threads, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) measure(i, all);
     });
@@ -294,7 +295,7 @@ struct Form {
     const Part& part = parts[count > 1 && c >= parts[1].first ? 1 : 0];
     return slot(part) + c - part.first;
   }
-  int64_t piece() const { return most(up(pixels, kMostPieces), most(1, kGrain / channels)); }
+  int64_t piece() const { return most(up(pixels, kMostPieces), most(1, kPiece / channels)); }
   int64_t pieces() const { return up(pixels, piece()); }
   int64_t samples() const { return least(batch, most(1, kTogether / most(1, channels * pixels))); }  // at a time
 
@@ -397,7 +398,7 @@ struct Form {
     const int64_t all = pieces();
     double* sums = static_cast<double*>(space);
     float* floats = reinterpret_cast<float*>(sums + samples() * all * piece_doubles());
-    const auto grain = most(1, kGrain / most(1, piece() * channels));
+    const auto grain = most(1, kThread / most(1, piece() * channels));
     for (int64_t b = 0; b < batch; b += samples()) {
       const int64_t some = least(samples(), batch - b);
       for (int64_t s = 0; s < some; ++s) {
