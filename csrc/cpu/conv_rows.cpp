@@ -3,9 +3,8 @@
 // In two dimensions each product would be over the channels alone, and four of them are stored as often as they are
 // multiplied. Here it is over channels and rows of the filter, which are summed directly:
 //
-//   strips:   the rows of the image that one row of outputs reads, transformed: [row][channels][point][tile][lane].
-//   Each
-//             is transformed once; the next row of outputs reads it again.
+//   strips:   the rows of the image that one row of outputs reads, transformed. Each is transformed once, for all rows
+//             of outputs: [row][vector of channels][point][tile][lane]
 //   products: one per point, tiles × (rows of the filter · Cin) × panel, for a few tiles at a time, whose sums are then
 //             transformed back in L1.
 //
@@ -184,8 +183,9 @@ class Rows {
     constexpr int64_t kLine = m * kTilesAtOnce * W;
     const int64_t step = g_.filters.gated ? 2 : 1;
     for (int64_t v = 0; v < kPanelVectors && panel * kPanelVectors + v < g_.filters.blocks; v += step) {
-      for (int64_t k = 0; k < step; ++k)
+      for (int64_t k = 0; k < step; ++k) {
         collect(scratch.sums + (v + k) * n * kTilesAtOnce * W, tiles, scratch.outputs + k * kLine);
+      }
       finish_(b, g_.filters.unit(panel * kPanelVectors + v), y, first, count, scratch.outputs, scratch.outputs + kLine);
     }
   }
