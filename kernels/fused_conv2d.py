@@ -30,6 +30,7 @@ _PLAIN = {
     "residual": None,
     "residual_mode": "after",
     "second": None,
+    "second_weight": None,
 }
 
 
@@ -38,6 +39,8 @@ def forward(args: Sequence[Any], outs: Sequence[Tensor], precision: str | None =
     x, weight, *values = args
     options = dict(zip(_PLAIN, values, strict=True))
     del options["output_padding"]  # the shape of out says it
+    if options.pop("second_weight") is not None:
+        raise ValueError("a second part of x with a weight of its own is not covered")
     return convolution(x, weight, outs[0], precision=precision, **options)
 
 

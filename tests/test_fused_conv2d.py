@@ -20,10 +20,10 @@ from inpaintrt.testing.compare import DIRECT, WINOGRAD, Numerics, close_to_truth
 from inpaintrt.testing.layouts import LAYOUTS
 
 
-def _layer(c, outputs, h, w, seed=0):
+def _layer(c, outputs, h, w, seed=0, kernel=3):
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(1, c, h, w, generator=generator).relu_()
-    weight = torch.randn(outputs, c, 3, 3, generator=generator) / (9 * c) ** 0.5
+    weight = torch.randn(outputs, c, kernel, kernel, generator=generator) / (kernel**2 * c) ** 0.5
     return x, weight, torch.randn(outputs, generator=generator)
 
 
@@ -67,6 +67,92 @@ def test_both_parts_have_gradients():
     F.conv2d(whole, weight, bias, padding=1).square().sum().backward()
     for part, grad in zip(parts, whole.grad.split([32, 8], dim=1), strict=True):
         torch.testing.assert_close(part.grad, grad, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("kernel", "options"),
+    [
+        (3, {"padding": 1, "padding_mode": "reflect", "activation": "relu"}),
+        (3, {"padding": 2, "dilation": 2, "residual_mode": "before"}),
+        (5, {"padding": (2, 0, 1, 2), "activation": "elu"}),
+        (3, {"stride": 2}),
+        (4, {"upsample": 2, "padding": 1}),
+    ],
+)
+@pytest.mark.parametrize(
+    ("c", "beside", "outputs", "h", "w"), [(20, 37, 35, 21, 26), (40, 3, 70, 49, 50), (3, 64, 2, 9, 8)]
+)
+def test_pointwise_convolutions_in_the_same_sums(c, beside, outputs, h, w, kernel, options, dtype, layout):
+    """By filters and by tiles, one panel of outputs and several; and what no kernel takes, which is torch's."""
+    x, weight, bias = (t.to(dtype) for t in _layer(c, outputs, h, w, kernel=kernel))
+    size = ops.fused_conv2d(x, weight, **{k: v for k, v in options.items() if k != "residual_mode"}).shape[2:]
+    more, more_weight, _ = (t.to(dtype) for t in _layer(beside, outputs, *size, kernel=1))
+    residual, scale = torch.randn(1, outputs, *size).to(dtype), torch.rand(outputs).to(dtype) + 0.5
+    tensors = {"bias": bias, "scale": scale, "residual": residual}
+    parts = [LAYOUTS[layout](part) for part in (x, more)]
+    got = ops.fused_conv2d(parts, (weight, more_weight), **tensors, **options)
+
+    def in_two(kind):
+        rest = {name: t.to(kind) for name, t in tensors.items()}
+        alone = {k: v for k, v in options.items() if k not in ("activation", "residual_mode")}
+        y = ops.fused_conv2d(x.to(kind), weight.to(kind), **alone) + F.conv2d(more.to(kind), more_weight.to(kind))
+        y = y * rest["scale"].view(-1, 1, 1) + rest["bias"].view(-1, 1, 1)
+        before = options.get("residual_mode") == "before"
+        y = y + rest["residual"] if before else y
+        y = {"relu": F.relu, "elu": F.elu}.get(options.get("activation"), lambda t: t)(y)
+        return y if before else y + rest["residual"]
+
+    numerics = WINOGRAD if dtype == torch.float32 else DIRECT
+    assert_close_to_truth(got, in_two(torch.float64), in_two(torch.float32).to(dtype), numerics=numerics)
+    assert got.is_contiguous(memory_format=torch.channels_last) == parts[0].is_contiguous(
+        memory_format=torch.channels_last
+    )
+
+
+@pytest.mark.parametrize("threads", [1, 2, 5])
+def test_pointwise_convolutions_have_the_same_bits_on_any_number_of_threads(threads):
+    x, weight, bias = _layer(40, 70, 49, 50)
+    more, more_weight, _ = _layer(19, 70, 49, 50, kernel=1)
+    before = torch.get_num_threads()
+    try:
+        results = []
+        for number in (1, threads):
+            torch.set_num_threads(number)
+            with use_backend("cpu", op="fused_conv2d"):
+                results.append(ops.fused_conv2d((x, more), (weight, more_weight), bias, padding=1))
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(*results)
+
+
+def test_pointwise_convolutions_have_gradients():
+    x, weight, bias = _layer(7, 5, 16, 17)
+    more, more_weight, _ = _layer(9, 5, 16, 17, kernel=1)
+    leaves = [t.clone().requires_grad_() for t in (x, more, weight, more_weight, bias)]
+    ops.fused_conv2d(leaves[:2], leaves[2:4], leaves[4], padding=1).square().sum().backward()
+    same = [t.clone().requires_grad_() for t in (x, more, weight, more_weight, bias)]
+    y = F.conv2d(same[0], same[2], same[4], padding=1) + F.conv2d(same[1], same[3])
+    y.square().sum().backward()
+    for leaf, other in zip(leaves, same, strict=True):
+        torch.testing.assert_close(leaf.grad, other.grad, rtol=1e-4, atol=1e-3)
+
+
+def test_pointwise_convolutions_that_no_kernel_takes_are_refused_with_a_reason():
+    x, weight, _ = _layer(4, 4, 8, 8)
+    more, beside = torch.zeros(1, 3, 8, 8), torch.zeros(4, 3, 1, 1)
+    wide = torch.zeros(4, 4, 5, 5)
+    with use_backend("cpu", op="fused_conv2d"):
+        ops.fused_conv2d((x, more), (wide, beside), padding=2)
+        with use_ieee(), pytest.raises(UnsupportedError, match="a second weight is covered beside 3×3"):
+            ops.fused_conv2d((x, more), (wide, beside), padding=2)
+        with pytest.raises(UnsupportedError, match="a second weight is covered beside 3×3"):
+            ops.fused_conv2d((x, more[..., :4, :4]), (weight, beside), padding=1, stride=2)
+    for lane in ("triton", "cuda", "cupy"):
+        (why,) = SPEC.lanes[lane].refuses(x, weight, more, beside)
+        assert "weight of its own" in why
+        assert not list(SPEC.lanes[lane].refuses(x, weight, more, None))
 
 
 @pytest.mark.parametrize("mode", ["zeros", "reflect", "replicate"])
@@ -400,6 +486,9 @@ def test_groups_and_other_dtypes_are_refused_with_a_reason():
     )
 
 
+BESIDE = (torch.zeros(1, 4, 8, 8), torch.zeros(1, 3, 8, 8))
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -424,6 +513,15 @@ def test_groups_and_other_dtypes_are_refused_with_a_reason():
         ({"stride": 0}, "stride"),
         ({"dilation": 4}, "smaller"),
         ({"activation": "gelu"}, "activation"),
+        ({"weight": (torch.zeros(4, 4, 3, 3), torch.zeros(4, 3, 1, 1))}, "two parts of x"),
+        ({"x": [torch.zeros(1, 4, 8, 8)], "weight": [torch.zeros(4, 4, 3, 3)]}, "two parts of x"),
+        ({"x": BESIDE, "weight": (torch.zeros(4, 4, 3, 3), torch.zeros(4, 3, 1, 1))}, "second part"),  # of another size
+        ({"x": BESIDE, "weight": (torch.zeros(4, 4, 3, 3), torch.zeros(4, 2, 1, 1)), "padding": 1}, "its weight"),
+        ({"x": BESIDE, "weight": (torch.zeros(4, 4, 3, 3), torch.zeros(4, 3, 3, 3)), "padding": 1}, "its weight"),
+        (
+            {"x": BESIDE, "weight": (torch.zeros(4, 4, 3, 3), torch.zeros(4, 3, 1, 1).double()), "padding": 1},
+            "second_weight",
+        ),
     ],
 )
 def test_wrong_arguments_are_named(change, message):

@@ -49,6 +49,7 @@ struct Call {
   const float *ratio, *valid;  // of partial convolution: planes (B, H', W'), or null
   const Style* style;          // of modulated convolution, or null
   const Windows* windows;      // of x, read in its place without padding; or null
+  const Call* beside;          // a 1×1 convolution (x, weight) of the output's own pixels, added to the sums; or null
   int64_t stride, dilation, upsample;
   int64_t top, left, bottom, right;
   Padding padding;
@@ -116,6 +117,7 @@ static inline bool fits(const Call& call) {
   for (int d = 0; d < 4; ++d) {
     int64_t longest = call.out->sizes[d];
     for (int i = 0; i < call.parts; ++i) longest = most(longest, call.x[i].sizes[d]);
+    if (call.beside) longest = most(longest, call.beside->x->sizes[d]);
     if (longest > kLongest || call.weight->sizes[d] > kLongest) return false;
     if (d > 1) longest += call.dilation * (call.weight->sizes[d] - 1);  // strips hold what a row of outputs reads
     pixels *= static_cast<double>(d ? longest : 1);

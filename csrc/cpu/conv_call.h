@@ -41,6 +41,28 @@ static inline const char* read_weight(const irt_value& value, Call& c) {
   return nullptr;
 }
 
+// What is beside a call: a 1×1 convolution of tensors of the output's size. `b` is the one that `c` then points to.
+static inline const char* read_beside(const irt_view* x, const irt_value& weight, Call& c, Call& b) {
+  b = {};
+  b.x = x, b.parts = 1, b.weight = optional(weight), b.out = c.out, b.stride = b.dilation = b.upsample = 1;
+  if (!x || x->ndim != 4 || !b.weight || b.weight->ndim != 4) return "what is beside must be two 4-D tensors";
+  const int64_t *size = x->sizes, *w = b.weight->sizes, outputs = c.weight->sizes[c.transposed ? 1 : 0];
+  const int64_t channels = size[1];
+  if (channels < 1 || w[0] != outputs || w[1] != channels || w[2] != 1 || w[3] != 1) {
+    return "the weight beside must be (Cout, channels beside, 1, 1)";
+  }
+  if (x->dtype != c.x->dtype || b.weight->dtype != c.x->dtype) return "what is beside must have x's dtype";
+  for (const int d : {0, 2, 3}) {
+    if (size[d] != c.out->sizes[d]) return "what is beside must have the output's size";
+  }
+  const int64_t side = c.weight->sizes[2];
+  const bool covered = side == c.weight->sizes[3] && (side == 3 || (side == 5 && !c.ieee)) && c.stride == 1 &&
+                       c.dilation <= 64 && c.upsample == 1 && !c.transposed;
+  if (!covered) return "a 1×1 convolution is added beside 3×3 and 5×5 ones of stride 1";
+  c.beside = &b;
+  return nullptr;
+}
+
 // One number per output, or none.
 static inline const char* read_vector(const irt_value& value, int64_t length, const Call& c, const irt_view*& view) {
   view = optional(value);

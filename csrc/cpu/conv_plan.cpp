@@ -137,8 +137,11 @@ double columns_cost(const Call& call) { return cost_of_columns(call, call.batch(
 struct Algorithm {
   const char* name;
   Runner run;
-  bool (*covers)(const Call&);  // whether it computes this call
+  bool (*takes)(const Call&);  // whether it computes this call, but for what is beside it
   double (*cost)(const Call&);
+  bool beside = false;  // whether it adds a 1×1 convolution (Call::beside)
+
+  bool covers(const Call& call) const { return takes(call) && (beside || !call.beside); }
 };
 
 // In order of preference at equal cost. Names are known to users' files of preferences.
@@ -151,11 +154,13 @@ constexpr Algorithm kAlgorithms[] = {
     {"columns", columns, [](const Call& c) { return !c.transposed && near(c) && few_pixels(c) && !mirrored(c); },
      columns_cost},
     {"winograd F(4×4,3×3)", winograd_f43,
-     [](const Call& c) { return unstrided(c) && near(c) && square(c, 3) && !c.ieee; }, winograd_cost<winograd::F43>},
+     [](const Call& c) { return unstrided(c) && near(c) && square(c, 3) && !c.ieee; }, winograd_cost<winograd::F43>,
+     true},
     {"winograd F(2×2,3×3)", winograd_f23, [](const Call& c) { return unstrided(c) && near(c) && square(c, 3); },
-     winograd_cost<winograd::F23>},
+     winograd_cost<winograd::F23>, true},
     {"winograd F(2×2,5×5)", winograd_f25,
-     [](const Call& c) { return unstrided(c) && near(c) && square(c, 5) && !c.ieee; }, winograd_cost<winograd::F25>},
+     [](const Call& c) { return unstrided(c) && near(c) && square(c, 5) && !c.ieee; }, winograd_cost<winograd::F25>,
+     true},
     {"winograd F(4,5) along rows", rows_f45, along_rows<winograd::F45>, rows_cost<winograd::F45>},
     {"winograd F(2,7) along rows", rows_f27, along_rows<winograd::F27>, rows_cost<winograd::F27>},
     {"winograd F(4×4,2×2) by phases", winograd_f42_phases, by_phases<winograd::F42>, phases_cost<winograd::F42>},
@@ -169,12 +174,13 @@ void write_key(const Call& c, char (&key)[kBytes]) {
   const auto at = [](int64_t number) { return static_cast<long long>(number); };
   snprintf(
       key, kBytes,
-      "convolution %s %lld>%lld %lldx%lld%s%s stride %lld dilation %lld up %lld%s%s pad %d to %lldx%lldx%lld threads "
+      "convolution %s %lld>%lld %lldx%lld%s%s%s stride %lld dilation %lld up %lld%s%s pad %d to %lldx%lldx%lld threads "
       "%d%s " IRT_STRING(INPAINTRT_ISA),
       single(c) ? "float32" : "bfloat16", at(c.inputs()), at(c.outputs()), at(c.kernel_height()), at(c.kernel_width()),
-      c.gated ? " gated" : "", c.transposed ? " transposed" : "", at(c.stride), at(c.dilation), at(c.upsample),
-      c.upsample > 1 && !doubled_by_phases(c) ? " whole" : "", c.style && c.style->filter ? " filtered" : "", pads(c),
-      at(c.batch()), at(c.height()), at(c.width()), c.threads, c.ieee ? " ieee" : "");
+      c.beside ? " beside 1x1" : "", c.gated ? " gated" : "", c.transposed ? " transposed" : "", at(c.stride),
+      at(c.dilation), at(c.upsample), c.upsample > 1 && !doubled_by_phases(c) ? " whole" : "",
+      c.style && c.style->filter ? " filtered" : "", pads(c), at(c.batch()), at(c.height()), at(c.width()), c.threads,
+      c.ieee ? " ieee" : "");
 }
 
 const Algorithm& cheapest(const Call& call) {
@@ -185,7 +191,7 @@ const Algorithm& cheapest(const Call& call) {
     const double cost = algorithm.cost(call);
     if (!best || cost < least_cost) best = &algorithm, least_cost = cost;
   }
-  return *best;  // there is one: the direct form takes any call
+  return *best;  // there is one: the direct form takes any call, and what is beside one is none of others
 }
 
 // `refused` is set where somebody prefers what is no algorithm for this call.

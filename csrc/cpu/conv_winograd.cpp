@@ -24,6 +24,9 @@
 // d and all residues of columns: its strips are whole rows of the image, d apart, and tiles read every d-th pixel of
 // them.
 //
+// A 1×1 convolution beside this one (Call::beside) has no use for transforms: its products are added to the strips of
+// outputs while these are in L1, and its sum never is in memory.
+//
 // By phases, each phase has matrices of its own. All share the points, so that phases of inputs are summed as products,
 // in one chain over phases and channels, and phases of outputs are products of the same transformed inputs. A phase
 // with a tap less has a filter that is 0 at ∞ and leaves that point out: a stride of 2 takes 5 + 4 products of one
@@ -39,9 +42,11 @@
 namespace irt::INPAINTRT_ISA::conv {
 namespace {
 
-constexpr int64_t kTilesPerBlock = 32;  // 32 × 512 channels × 36 floats are 2.4 MB, and the products' heights are full
-constexpr int64_t kManyFilters = 64;    // matrices: half as many blocks, each of which reads all, and half the chunks
-constexpr int64_t kChunk = kChain;      // input channels whose filters are made at once: 36 × 64 × 32 floats are 0.3 MB
+// Of a block, by tiles: 16 × 512 channels × 36 floats are 1.2 MB. With 32 the products' heights are full and filters
+// are read half as often; but inputs that leave L2 cost more, up to a sixth of the time, and none gained by it.
+constexpr int64_t kTilesPerBlock = 16;
+constexpr int64_t kManyFilters = 64;  // matrices: half as many blocks, each of which reads all, and half the chunks
+constexpr int64_t kChunk = kChain;    // input channels whose filters are made at once: 36 × 64 × 32 floats are 0.3 MB
 
 // Which number a matrix has: those of each pair of phases lie one after the other, row by row.
 struct Grid {
@@ -72,9 +77,13 @@ struct Sizes {
   int64_t chunks, chunk;                             // of input channels: those of the filters that are there at once
   int64_t tiles_x, tiles_y, rows, blocks;            // rows of tiles in a block, blocks in all images
   int64_t in_pixels, out_pixels;                     // of a strip's row
+  int64_t strips;                                    // of outputs that are made together, each of one vector
   int64_t shares, share;                             // by filters: of a block for as many threads, and a share's rows
   int64_t tiles, out_tiles;                          // distance of groups, odd, so that they do not share cache sets
   int64_t in_point, out_point, filter_point, strip;  // floats between the matrices, odd vectors likewise; of strips
+  struct Beside {
+    int64_t inputs = 0, blocks = 0, group = 0;  // of what it reads; floats between blocks of channels
+  } beside;
   int threads;
 
   // m outputs from n inputs.
@@ -112,16 +121,23 @@ struct Sizes {
     tiles = rows * tiles_x | 1, out_tiles = share * tiles_x | 1;
     in_point = (ceil_div(chunk, W) * tiles | 1) * W, out_point = (kPanelVectors * out_tiles | 1) * W;
     filter_point = ((by_filters ? 1 : panels) * chunk * kPanelVectors | 1) * W;
-    strip = most(n * in_pixels, (call.gated ? 2 : 1) * m * out_pixels) * W;
+    strips = call.gated || call.beside ? 2 : 1;
+    strip = most(n * in_pixels, strips * m * out_pixels) * W;
+    if (!call.beside) return;
+    beside.inputs = call.beside->inputs(), beside.blocks = ceil_div(beside.inputs, W);
+    beside.group = (rows * m * call.width() | 1) * W;
   }
   int64_t filter_floats() const { return vectors(values.all * filter_point); }
-  int64_t input_floats() const { return vectors(chunks * in.all * in_point); }
+  int64_t input_floats() const { return vectors(chunks * in.all * in_point) + vectors(beside.blocks * beside.group); }
+  int64_t beside_filter_floats() const { return vectors(panels * beside.inputs * kPanelColumns); }
   int64_t start_floats() const { return vectors(tiles_x); }
   int64_t shared_floats() const { return by_filters ? input_floats() : filter_floats(); }
   int64_t thread_floats() const {
     return (by_filters ? filter_floats() : input_floats()) + vectors(out.all * out_point) + vectors(strip);
   }
-  int64_t floats() const { return shared_floats() + start_floats() + threads * thread_floats(); }
+  int64_t floats() const {
+    return shared_floats() + start_floats() + beside_filter_floats() + threads * thread_floats();
+  }
 };
 
 template <class Form, bool kPhases>
@@ -191,9 +207,11 @@ class Winograd {
         source_(call_, !kPhases),
         finish_(call_),
         weights_(call_),
+        beside_(call_.beside ? *call_.beside : call_),
         shared_(space),
         starts_(reinterpret_cast<int32_t*>(space + g.shared_floats())),
-        scratch_(space + g.shared_floats() + g.start_floats()) {}
+        beside_filters_(space + g.shared_floats() + g.start_floats()),
+        scratch_(beside_filters_ + g.beside_filter_floats()) {}
   Winograd(const Winograd&) = delete;
   Winograd& operator=(const Winograd&) = delete;
 
@@ -214,8 +232,15 @@ class Winograd {
   Source<T, Single> source_;
   Finish<T> finish_;
   Weights<T> weights_;
-  float* shared_;    // transformed filters; by filters: transformed inputs
-  int32_t* starts_;  // where each tile of a row begins
+  struct Beside {  // where there is one
+    Source<T, Single> source;
+    Weights<T> weights;
+
+    explicit Beside(const Call& call) : source(call, false), weights(call) {}
+  } beside_;
+  float* shared_;          // transformed filters; by filters: inputs
+  int32_t* starts_;        // where each tile of a row begins
+  float* beside_filters_;  // as pointwise ones
   float* scratch_;
 
   void by_tiles() const {
@@ -223,6 +248,7 @@ class Winograd {
       for (int64_t o = begin; o < end; ++o) {
         const int64_t panel = o / kPanelVectors * g_.inputs * kPanelColumns;
         transform_filters(o, 0, g_.inputs, shared_ + panel + o % kPanelVectors * W);
+        pack_beside(o);
       }
     });
     int next = 0;
@@ -235,21 +261,30 @@ class Winograd {
         for (int64_t block = 0; block < g_.in_blocks; ++block) {
           for (int64_t r = 0; r < rows; ++r) transform_inputs(first + r, r, block, strip, inputs);
         }
+        for (int64_t r = 0; r < rows; ++r) read_beside(first + r, r, inputs);
         for (int64_t panel = 0; panel < g_.panels; ++panel) {
           multiply(g_, rows * g_.tiles_x, 0, g_.inputs, shared_ + panel * g_.inputs * kPanelColumns, inputs, outputs);
-          finish(panel, first, rows, strip, outputs);
+          finish(panel, first, 0, rows, strip, inputs, outputs);
         }
       }
     });
   }
 
   void by_filters() const {
+    if (call_.beside) {
+      parallel_for(g_.panels * kPanelVectors, 1, g_.threads, [&](int64_t begin, int64_t end) {
+        for (int64_t o = begin; o < end; ++o) pack_beside(o);
+      });
+    }
     for (int64_t i = 0; i < g_.blocks; ++i) {
       const int64_t first = i * g_.rows, rows = least(g_.rows, call_.batch() * g_.tiles_y - first);
       int next = 0;
       parallel_for(g_.in_blocks * rows, 1, g_.threads, [&](int64_t from, int64_t to) {
         float* strip = scratch_of(next);
-        for (int64_t k = from; k < to; ++k) transform_inputs(first + k % rows, k % rows, k / rows, strip, shared_);
+        for (int64_t k = from; k < to; ++k) {
+          transform_inputs(first + k % rows, k % rows, k / rows, strip, shared_);
+          if (k < rows) read_beside(first + k, k, shared_);
+        }
       });
       next = 0;
       parallel_for(g_.panels * g_.shares, 1, g_.threads, [&](int64_t from, int64_t to) {
@@ -268,7 +303,7 @@ class Winograd {
             }
             multiply(g_, some_rows * g_.tiles_x, c, some, filters, inputs, outputs);
           }
-          finish(panel, first + begin, some_rows, strip, outputs);
+          finish(panel, first, begin, some_rows, strip, shared_, outputs);
         }
       });
     }
@@ -278,10 +313,14 @@ class Winograd {
     return scratch_ + __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED) * g_.thread_floats();
   }
 
-  void finish(int64_t panel, int64_t first, int64_t rows, float* strip, const float* outputs) const {
-    const int64_t begin = panel * kPanelVectors, end = least(begin + kPanelVectors, g_.filters.blocks);
-    for (int64_t o = begin; o < end; o += call_.gated ? 2 : 1) {
-      for (int64_t r = 0; r < rows; ++r) transform_outputs(first + r, r, o, strip, outputs);
+  // Rows [begin, begin + rows) of tiles of a block that begins at `first`.
+  void finish(int64_t panel, int64_t first, int64_t begin, int64_t rows, float* strip, const float* inputs,
+              const float* outputs) const {
+    const int64_t end = least((panel + 1) * kPanelVectors, g_.filters.blocks);
+    for (int64_t o = panel * kPanelVectors; o < end; o += g_.strips) {
+      for (int64_t r = begin; r < begin + rows; ++r) {
+        transform_outputs(first + r, r - begin, o, strip, outputs, beside_pixels(inputs, r));
+      }
     }
   }
 
@@ -384,12 +423,52 @@ class Winograd {
     }
   }
 
+  // ---- what is beside: filters → [panel][channel][panel's columns], pixels → [block][row of tiles][row][pixel][lane]
+
+  void pack_beside(int64_t o) const {
+    float* to = beside_filters_ + (o / kPanelVectors * g_.beside.inputs * kPanelVectors + o % kPanelVectors) * W;
+    alignas(64) float channels[W * W];
+    for (int64_t c = 0; c < g_.beside.inputs; c += W) {
+      const int64_t some = least(W, g_.beside.inputs - c);
+      beside_.weights.read(o, c, some, channels);
+      for (int64_t k = 0; k < some; ++k) store(to + (c + k) * kPanelColumns, load(channels + k * W));
+    }
+  }
+
+  float* beside_pixels(const float* inputs, int64_t r) const {
+    return const_cast<float*>(inputs) + vectors(g_.chunks * g_.in.all * g_.in_point) + r * m * call_.width() * W;
+  }
+
+  void read_beside(int64_t tile_row, int64_t r, float* inputs) const {
+    if (!call_.beside) return;
+    const int64_t b = tile_row / g_.tiles_y, first = start_of_row(tile_row % g_.tiles_y), width = call_.width();
+    for (int64_t block = 0; block < g_.beside.blocks; ++block) {
+      float* to = beside_pixels(inputs, r) + block * g_.beside.group;
+      for (int64_t i = 0, y = first; i < m && y < call_.height(); ++i, y += call_.dilation) {
+        beside_.source.read(b, block, y, 0, width, to + i * width * W);
+      }
+    }
+  }
+
+  // sums += row i of the pixels · a panel of the filters.
+  void add_beside(const float* pixels, int64_t i, int64_t panel, float* sums, int64_t half) const {
+    const int64_t width = call_.width();
+    const int tail = static_cast<int>(g_.beside.inputs - (g_.beside.blocks - 1) * W);
+    const Blocks row = {pixels + i * width * W, g_.beside.group, static_cast<int>(g_.beside.blocks), 1, tail};
+    gemm(row, width, beside_filters_ + panel * panel_floats(row), 1, [&](int, int64_t pixel, int v, Vec more) {
+      float* sum = sums + v * half + pixel * W;
+      store(sum, load(sum) + more);
+    });
+  }
+
   // ---- outputs
 
-  void transform_outputs(int64_t tile_row, int64_t r, int64_t o, float* strip, const float* from) const {
+  void transform_outputs(int64_t tile_row, int64_t r, int64_t o, float* strip, const float* from,
+                         const float* beside) const {
     const int64_t b = tile_row / g_.tiles_y, tile_y = tile_row % g_.tiles_y;
     const int64_t d = g_.y.out_scale * call_.dilation, pixels = g_.out_pixels, half = m * pixels * W;
-    const int64_t first = g_.y.out_scale * start_of_row(tile_y) + g_.y.out_first, blocks = call_.gated ? 2 : 1;
+    const int64_t first = g_.y.out_scale * start_of_row(tile_y) + g_.y.out_first;
+    const int64_t blocks = least(g_.strips, g_.filters.blocks - o);
     for (int64_t p = 0; p < g_.y.outputs; ++p) {
       for (int64_t k = 0; k < blocks; ++k) {
         const float* source = from + ((o % kPanelVectors + k) * g_.out_tiles + r * g_.tiles_x) * W;
@@ -406,7 +485,10 @@ class Winograd {
         const int64_t y = first + g_.y.offset[p] + i * d;
         if (y < 0 || y >= call_.height()) continue;
         float* sums = strip + (i * pixels - g_.x.out_first) * W;
-        finish_(b, g_.filters.unit(o), y, 0, call_.width(), sums, sums + half);
+        if (call_.beside) add_beside(beside, i, o / kPanelVectors, sums, half);
+        for (int64_t k = 0; k < (call_.gated ? 1 : blocks); ++k) {
+          finish_(b, g_.filters.unit(o + k), y, 0, call_.width(), sums + k * half, sums + half);
+        }
       }
     }
   }

@@ -25,15 +25,18 @@ enum {
   kResidual,
   kResidualMode,
   kSecond,
+  kSecondWeight,
   kArguments
 };
 
 // Why the arguments are not those of this op, or null.
-const char* read(const irt_call& call, irt_view (&parts)[2], conv::Call& c) {
+const char* read(const irt_call& call, irt_view (&parts)[2], conv::Call& beside, conv::Call& c) {
   const irt_value* a = call.args;
   c.out = &call.outs[0], c.threads = call.threads, c.ieee = call.ieee, c.gain = 1.0f;
   if (const char* fault = conv::read_image(a[kX], c)) return fault;
-  if (const irt_view* second = conv::optional(a[kSecond])) {
+  const irt_view* second = conv::optional(a[kSecond]);
+  const bool is_beside = a[kSecondWeight].kind != IRT_NONE;
+  if (second && !is_beside) {
     parts[0] = *c.x, parts[1] = *second;
     if (const char* fault = conv::join(parts, c)) return fault;
   }
@@ -58,33 +61,37 @@ const char* read(const irt_call& call, irt_view (&parts)[2], conv::Call& c) {
   if (const char* fault = conv::read_vector(a[kShift], outputs, c, c.shift)) return fault;
   c.residual = conv::optional(a[kResidual]), c.residual_first = conv::is(a[kResidualMode], "before");
   if (!c.residual_first && !conv::is(a[kResidualMode], "after")) return "residual_mode must be before or after";
+  if (is_beside) {
+    if (c.out->ndim != 4) return "the output must be 4-D";
+    if (const char* fault = conv::read_beside(second, a[kSecondWeight], c, beside)) return fault;
+  }
   return conv::check_sizes(c, more);
 }
 
 // (x, weight, bias | none, stride, padding[4], dilation, groups, padding_mode, mask | none, upsample,
 //  transposed, output_padding, scale | none, shift | none, activation, alpha, residual | none, residual_mode,
-//  second part of x | none) -> out
-bool understood(const irt_call& call, irt_view (&parts)[2], conv::Call& c, irt_status& status) {
+//  second part of x | none, weight of that part, 1×1 | none) -> out
+bool understood(const irt_call& call, irt_view (&parts)[2], conv::Call& beside, conv::Call& c, irt_status& status) {
   if (call.nargs != kArguments || call.nouts != 1) {
-    fail(status, IRT_BAD_ARGUMENT, "expected the 19 arguments of fused_conv2d and one output");
+    fail(status, IRT_BAD_ARGUMENT, "expected the 20 arguments of fused_conv2d and one output");
   } else if (call.args[kGroups].kind != IRT_INT || call.args[kGroups].i != 1) {
     fail(status, IRT_UNSUPPORTED, "only convolutions in one group have a kernel");
-  } else if (const char* fault = read(call, parts, c)) {
+  } else if (const char* fault = read(call, parts, beside, c)) {
     fail(status, IRT_BAD_ARGUMENT, fault);
   }
   return status.code == IRT_OK;
 }
 
 void fused_conv2d(const irt_call& call, irt_status& status) {
-  conv::Call c{};
+  conv::Call c{}, beside{};
   irt_view parts[2];
-  if (understood(call, parts, c, status)) conv::run(c, status);
+  if (understood(call, parts, beside, c, status)) conv::run(c, status);
 }
 
 void choose(const irt_call& call, irt_choice& choice, irt_status& status) {
-  conv::Call c{};
+  conv::Call c{}, beside{};
   irt_view parts[2];
-  if (understood(call, parts, c, status)) conv::choose(c, choice);
+  if (understood(call, parts, beside, c, status)) conv::choose(c, choice);
 }
 
 }  // namespace

@@ -27,13 +27,15 @@ enum {
   kResidual,
   kResidualMode,
   kSecond,
+  kSecondWeight,
   kArguments
 };
 
 // Why the arguments are not those of this op, or null.
 const char* read(const irt_call& call, conv2d::Arguments& arguments) {
-  if (call.nargs != kArguments || call.nouts != 1) return "expected the 19 arguments of fused_conv2d and one output";
+  if (call.nargs != kArguments || call.nouts != 1) return "expected the 20 arguments of fused_conv2d and one output";
   const irt_value* a = call.args;
+  if (a[kSecondWeight].kind != IRT_NONE) return "a second part of x with a weight of its own has no kernel";
   conv::Call& c = arguments.call;
   c.out = &call.outs[0];
   if (const char* fault = conv2d::read_image(a[kX], &a[kSecond], arguments)) return fault;

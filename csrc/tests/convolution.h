@@ -31,6 +31,7 @@ struct Setting {
   int dtype = IRT_F32;
   int64_t b = 1, inputs = 1, outputs = 1, h = 1, w = 1, kh = 1, kw = 1;  // outputs: of a gated op half of the filters
   int64_t first = 0;                                                     // channels of the first of two parts of x
+  int64_t beside = 0;                                                    // channels of a 1×1 convolution, or none
   int64_t stride = 1, dilation = 1, upsample = 1, output_padding = 0, pads[4] = {};  // top, left, bottom, right
   const char *mode = "zeros", *activation = "none";
   bool transposed = false, bias = false, scale = false, shift = false, ieee = false, window = true;
@@ -47,6 +48,11 @@ struct Setting {
     if (transposed) return (size - 1) * stride - both + reach + output_padding + 1;
     const int64_t room = size + both - reach - 1;
     return room < 0 ? 0 : room / stride + 1;
+  }
+  // Whether the engine adds a 1×1 convolution to such a call.
+  bool takes_beside() const {
+    return op == Op::fused && kh == kw && (kh == 3 || (kh == 5 && !ieee)) && stride == 1 && upsample == 1 &&
+           !transposed;
   }
   bool possible() const {
     const bool reflects = std::max(pads[0], pads[2]) < h * upsample && std::max(pads[1], pads[3]) < w * upsample;
@@ -65,14 +71,15 @@ struct Setting {
   std::string text() const {
     char line[400];
     const auto n = [](int64_t i) { return static_cast<long long>(i); };
-    snprintf(line, sizeof line,
-             "%s %s%s %lldx%lld+%lldx%lldx%lld to %lld, kernel %lldx%lld stride %lld dilation %lld pads %lld %lld %lld "
-             "%lld %s%s +%lld up %lld %s bias %d scale %d shift %d residual %d mask %lldx%lld memory %d %d %d",
-             kOps[static_cast<int>(op)], dtype == IRT_F32 ? "f32" : "bf16", ieee ? " ieee" : "", n(b), n(first),
-             n(inputs - first), n(h), n(w), n(outputs), n(kh), n(kw), n(stride), n(dilation), n(pads[0]), n(pads[1]),
-             n(pads[2]), n(pads[3]), mode, transposed ? " transposed" : "", n(output_padding), n(upsample), activation,
-             bias, scale, shift, static_cast<int>(residual), n(mask_images), n(mask_channels), static_cast<int>(memory),
-             static_cast<int>(parameters), static_cast<int>(out_memory));
+    snprintf(
+        line, sizeof line,
+        "%s %s%s %lldx%lld+%lldx%lldx%lld to %lld, kernel %lldx%lld stride %lld dilation %lld pads %lld %lld %lld "
+        "%lld %s%s +%lld up %lld %s beside %lld bias %d scale %d shift %d residual %d mask %lldx%lld memory %d %d %d",
+        kOps[static_cast<int>(op)], dtype == IRT_F32 ? "f32" : "bf16", ieee ? " ieee" : "", n(b), n(first),
+        n(inputs - first), n(h), n(w), n(outputs), n(kh), n(kw), n(stride), n(dilation), n(pads[0]), n(pads[1]),
+        n(pads[2]), n(pads[3]), mode, transposed ? " transposed" : "", n(output_padding), n(upsample), activation,
+        n(beside), bias, scale, shift, static_cast<int>(residual), n(mask_images), n(mask_channels),
+        static_cast<int>(memory), static_cast<int>(parameters), static_cast<int>(out_memory));
     return line;
   }
 };
@@ -106,6 +113,8 @@ inline Setting random_setting(Random& random, Op op) {
       s.transposed = coin(3);
       if (s.transposed) s.upsample = 1, s.mode = kModes[0], s.output_padding = random.between(0, s.stride - 1);
       if (coin(3)) s.first = 32, s.inputs = 32 + random.between(1, 3);
+      if (coin(2) && coin()) s.kh = s.kw = 3, s.stride = 1, s.upsample = 1, s.transposed = false, s.output_padding = 0;
+      if (!s.first && coin() && s.takes_beside()) s.beside = kChannels[random.between(0, 11)];
     }
     if (op == Op::partial || (op == Op::fused && coin(2))) {
       s.mask_images = coin() ? 1 : s.b, s.mask_channels = coin() ? 1 : s.inputs;
@@ -139,7 +148,7 @@ inline Estimate activated(const Estimate& e, const char* name, double alpha) {
 class Convolution {
  public:
   const Setting s;
-  std::unique_ptr<Tensor> x[2], weight, bias, scale, shift, mask, residual, out, updated;
+  std::unique_ptr<Tensor> x[2], weight, beside[2], bias, scale, shift, mask, residual, out, updated;
 
   Convolution(Random& random, const Setting& setting) : s(setting) {
     const auto make = [&](std::unique_ptr<Tensor>& t, bool wanted, const Shape& shape, Memory memory) {
@@ -153,6 +162,8 @@ class Convolution {
     make(x[1], s.first != 0, {{s.b, s.inputs - s.first, s.h, s.w}}, s.memory);
     make(weight, true, {{s.transposed ? s.inputs : s.filters(), s.transposed ? s.filters() : s.inputs, s.kh, s.kw}},
          s.parameters);
+    make(beside[0], s.beside != 0, {{s.b, s.beside, s.out_size(0), s.out_size(1)}}, s.memory);
+    make(beside[1], s.beside != 0, {{s.outputs, s.beside, 1, 1}}, s.parameters);
     vector(bias, s.bias), vector(scale, s.scale), vector(shift, s.shift);
     make(mask, s.mask_images != 0, {{s.mask_images, s.mask_channels, s.h, s.w}}, s.memory);
     make(residual, s.residual != Residual::none, result, s.memory);
@@ -169,7 +180,7 @@ class Convolution {
 
   std::vector<Tensor*> given() const {
     std::vector<Tensor*> all;
-    for (const auto* t : {&x[0], &x[1], &weight, &bias, &scale, &shift, &mask, &residual}) {
+    for (const auto* t : {&x[0], &x[1], &weight, &beside[0], &beside[1], &bias, &scale, &shift, &mask, &residual}) {
       if (*t) all.push_back(t->get());
     }
     return all;
@@ -190,7 +201,7 @@ class Convolution {
 
   // The op's arguments in schema order, to be changed by who tests refusals.
   struct Arguments {
-    irt_view views[9]{}, outs[2]{};
+    irt_view views[11]{}, outs[2]{};
     std::vector<irt_value> values;  // and one that no op has
 
     explicit Arguments(const Convolution& c) {
@@ -236,7 +247,8 @@ class Convolution {
                   alpha,
                   tensor(c.residual),
                   value(order),
-                  tensor(c.x[1])};
+                  tensor(c.beside[0] ? c.beside[0] : c.x[1]),
+                  tensor(c.beside[1])};
       }
       values.push_back(none());
       outs[0] = c.out->view();
@@ -251,7 +263,8 @@ class Convolution {
   std::vector<Estimate> truth(bool spread) const {
     std::vector<Estimate> all;
     for (int64_t i = 0; i < s.b; ++i) {
-      const std::vector<Estimate> filtered = sums(i, spread);
+      std::vector<Estimate> filtered = sums(i, spread);
+      if (s.beside) add_beside(i, filtered);
       const std::vector<double> windows = s.op == Op::partial ? mask_sums(i) : std::vector<double>();
       const int64_t area = s.out_size(0) * s.out_size(1);
       for (int64_t o = 0; o < s.outputs; ++o) {
@@ -321,6 +334,19 @@ class Convolution {
       if (mask) all[at(p)] *= mask->get(s.mask_images == 1 ? 0 : i, s.mask_channels == 1 ? 0 : c, y, column);
     }
     return all;
+  }
+
+  // sums += the 1×1 convolution beside them, of image i.
+  void add_beside(int64_t i, std::vector<Estimate>& all) const {
+    const int64_t width = s.out_size(1), area = s.out_size(0) * width;
+    for (int64_t o = 0; o < s.outputs; ++o) {
+      for (int64_t p = 0; p < area; ++p) {
+        for (int64_t c = 0; c < s.beside; ++c) {
+          const double v = beside[1]->get(o, c, 0, 0) * beside[0]->get(i, c, p / width, p % width);
+          all[at(o * area + p)].value += v, all[at(o * area + p)].magnitude += std::fabs(v);
+        }
+      }
+    }
   }
 
   // [filter][pixel]

@@ -17,7 +17,8 @@ namespace {
 constexpr int64_t W = Vec::kWidth;
 
 // The engine's call for a setting of fused_conv2d or gated_conv2d.
-conv::Call engine_call(const Convolution& c, const Convolution::Arguments& a, irt_view (&parts)[2], int threads) {
+conv::Call engine_call(const Convolution& c, const Convolution::Arguments& a, irt_view (&parts)[2], conv::Call& beside,
+                       int threads) {
   const Setting& s = c.s;
   const auto view = [](const irt_value& v) { return v.kind == IRT_TENSOR ? v.tensors : nullptr; };
   const bool gated = s.op == Op::gated;
@@ -43,6 +44,12 @@ conv::Call engine_call(const Convolution& c, const Convolution::Arguments& a, ir
   call.gain = static_cast<float>(s.gain);
   call.residual_first = s.residual == Residual::before;
   call.threads = threads;
+  if (s.beside) {
+    beside = {};
+    beside.x = view(a.values[18]), beside.parts = 1, beside.weight = view(a.values[19]), beside.out = call.out;
+    beside.stride = beside.dilation = beside.upsample = 1;
+    call.beside = &beside;
+  }
   return call;
 }
 
@@ -54,6 +61,8 @@ struct Algorithm {
   double units;
   int64_t taps = 0;   // of the largest phase, if it goes by phases
   bool rows = false;  // whether the filter may have any height
+
+  bool adds_beside() const { return kernel > 1 && !taps && !rows; }
 };
 const Algorithm kAlgorithms[] = {
     {"direct", conv::direct, 0, false, kDirectUnits},
@@ -79,7 +88,8 @@ void check_algorithm(const Algorithm& algorithm, Random& random, const Setting& 
   const Convolution c(random, setting);
   const Convolution::Arguments arguments(c);
   irt_view parts[2];
-  const conv::Call call = engine_call(c, arguments, parts, threads);
+  conv::Call beside;
+  const conv::Call call = engine_call(c, arguments, parts, beside, threads);
   CHECK(!algorithm.taps || goes_by_phases(call, algorithm.taps), "%s does not cover %s", algorithm.name,
         setting.text().c_str());
   irt_status status{};
@@ -105,7 +115,7 @@ Setting setting_for(const Algorithm& algorithm, Random& random) {
   for (;;) {
     Setting s = random_setting(random, random.between(0, 2) ? Op::fused : Op::gated);
     if (algorithm.taps) {
-      halve(s, algorithm.taps, random);
+      s.beside = 0, halve(s, algorithm.taps, random);
       if (s.possible()) return s;
       continue;
     }
@@ -114,6 +124,7 @@ Setting setting_for(const Algorithm& algorithm, Random& random) {
     if (algorithm.kernel) s.kh = s.kw = algorithm.kernel;
     if (algorithm.rows) s.kh = random.between(1, 7), s.dilation = 1;
     if (algorithm.run == conv::pointwise) s.pad(0);
+    if (!algorithm.adds_beside() || !s.takes_beside()) s.beside = 0;
     if (algorithm.run == conv::planar) s.outputs = random.between(1, conv::kFewFilters / (s.op == Op::gated ? 2 : 1));
     if (s.possible()) return s;
   }
@@ -214,6 +225,7 @@ void winograd_by_filters_and_by_tiles() {
         Setting s;
         s.op = op, s.dtype = dtype, s.b = 2, s.inputs = 67, s.outputs = kPanelColumns + 1, s.h = 6, s.w = 5;
         s.kh = s.kw = algorithm.kernel, s.pad(1), s.bias = true, s.stride = algorithm.taps ? 2 : 1;
+        if (algorithm.adds_beside() && op == Op::fused) s.beside = 2 * W + 3, s.residual = Residual::after;
         for (int threads : {1, 2, 16}) check_algorithm(algorithm, random, s, threads);
         s.inputs = 5, s.pad(algorithm.kernel / 2), s.h = 1, s.w = 4 * (conv::kTilesPerGroup + 2) * s.stride;
         check_algorithm(algorithm, random, s, 3);

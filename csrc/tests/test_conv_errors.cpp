@@ -73,7 +73,7 @@ std::vector<Fault> faults_of(Op op) {
   const auto add = [&all](const char* name, std::function<void(Subject&)> apply, int code = IRT_BAD_ARGUMENT) {
     all.push_back({name, std::move(apply), code});
   };
-  const size_t count = op == Op::fused ? 19 : op == Op::gated ? 10 : 9;
+  const size_t count = op == Op::fused ? 20 : op == Op::gated ? 10 : 9;
   for (int n : {0, 1, static_cast<int>(count) - 1, static_cast<int>(count) + 1, -1, INT_MIN}) {
     add("number of arguments", [n](Subject& s) { s.call.nargs = n; });
   }
@@ -185,6 +185,9 @@ std::vector<Fault> faults_of(Op op) {
   add("transposed with upsampling", [](Subject& s) { set_int(s.a.values[10], 1), set_int(s.a.values[9], 2); });
   add("unknown order of the residual", [](Subject& s) { s.a.values[17] = value("beside"); });
   add("a second part of a first that fills no block", [](Subject& s) { s.a.values[18] = s.a.values[0]; });
+  add("a weight of a second part that is absent", [](Subject& s) { s.a.values[19] = s.a.values[1]; });
+  add("a second part with a weight that is not 1×1",
+      [](Subject& s) { s.a.values[18] = s.a.values[0], s.a.values[19] = s.a.values[1]; });
   return all;
 }
 

@@ -34,7 +34,7 @@ def activated(act: Any, y: Tensor) -> Tensor:
 def convolved(
     conv: Any,
     x: Parts,
-    weight: Tensor,
+    weight: Tensor | tuple[Tensor, Tensor],
     bias: Tensor | None,
     act: Any = None,
     before: Tensor | None = None,
@@ -45,16 +45,21 @@ def convolved(
     """act(scale · conv(x) + bias + before) + after with the geometry of `conv` (transposed, too), another weight and bias.
 
     x: one tensor, or several, read side by side along the channels.
+    weight: one tensor, or, where `adds_pointwise`, those of two parts of x whose convolutions are summed, the second 1×1.
     act: a module, a pair (name, alpha) as ops have them, or None.
     after: gives the sum its dtype.
     scale: one factor per output, such as a batch norm's.
     upsample: 2 reads x doubled by nearest neighbour.
     """
     dtype = _kernel_dtype(conv, x)
-    if scale is not None and dtype != torch.float32:  # a factor rounded to bfloat16 would be wrong in the whole channel
+    assert isinstance(weight, Tensor) or dtype == torch.float32
+    if (
+        scale is not None and isinstance(weight, Tensor) and dtype != torch.float32
+    ):  # a factor rounded to bfloat16 would be wrong in the whole channel
         weight = weight * (scale.view(-1, 1, 1) if getattr(conv, "transposed", False) else scale.view(-1, 1, 1, 1))
         scale = None
     if dtype is None:
+        assert isinstance(weight, Tensor)
         y = _torchs(conv, x, weight, bias, upsample)
         return _plus(activated(act, y if before is None else y.add_(before)), after)
     name, alpha = ("relu", None) if isinstance(act, nn.ReLU) else act if isinstance(act, tuple) else ("none", None)
@@ -63,13 +68,19 @@ def convolved(
     residual = after if fits else before
     transposed = getattr(conv, "transposed", False)
     y = ops.fused_conv2d(
-        _in(dtype, x), weight.to(dtype), None if bias is None else bias.to(dtype),
+        _in(dtype, x), _in(dtype, weight), None if bias is None else bias.to(dtype),
         stride=conv.stride[0], padding=conv.padding, dilation=conv.dilation[0], padding_mode=conv.padding_mode,
         upsample=upsample, transposed=transposed, output_padding=conv.output_padding[0] if transposed else 0, scale=scale,
         activation=name, alpha=alpha, residual=None if residual is None else residual.to(dtype),
         residual_mode="after" if fits else "before",
     )  # fmt: skip
     return _plus(y if fused else activated(act, y), None if fits else after)
+
+
+def adds_pointwise(conv: Any, x: Tensor) -> bool:
+    """Whether `convolved` can add a 1×1 convolution of another tensor, of the output's size, in the sums of conv(x)."""
+    plain = tuple(conv.kernel_size) == (3, 3) and conv.stride[0] == 1 and conv.dilation[0] <= 64
+    return plain and not getattr(conv, "transposed", False) and _kernel_dtype(conv, x) == torch.float32
 
 
 def gate_convolved(conv: Any, x: Tensor, weight: Tensor, bias: Tensor | None, act: tuple[str, float | None]) -> Tensor:

@@ -11,6 +11,7 @@ What is done, all of it exact algebra:
 - every batch norm in eval mode folds into the convolution before it;
 - multiplications by a gate of 1 and additions of 0 are dropped;
 - the two streams are read as one, without a copy that joins them;
+- what the spectral part ends in, a 1×1 convolution, is summed with local-to-global's products;
 - the spectral part is one op, `ops.fourier_unit`, with the sums around it as its residual.
 
 Under bf16 autocast convolutions run in bfloat16; `fourier_unit` gets float32 and is not touched by autocast.
@@ -27,7 +28,7 @@ from torch import Tensor, nn
 
 from inpaintrt import ops
 
-from .engine import activated, convolved
+from .engine import activated, adds_pointwise, convolved
 from .folding import (
     BATCH_NORMS,
     Affine,
@@ -342,10 +343,14 @@ def ffc(layer: Layer, streams: Streams, affines: Affines, residual: Streams | No
     (local, wide), conv, conv2 = streams, layer.local, layer.spectral.conv2
     after_l, after_g = (None, None) if residual is None else residual
     affine_l, affine_g = affines.get(layer.norm_l), affines.get(layer.norm_g)
-    mixed = transformed(layer.spectral, wide, affines)
-    spectral = convolved(conv2, mixed, conv2.weight, None, scale=scale_of(affine_g))
+    mixed, scale = transformed(layer.spectral, wide, affines), scale_of(affine_g)
     bias, weight = fold_bias(total(layer.to_wide.bias, conv2.bias), affine_g), layer.to_wide.weight
-    new_wide = convolved(conv, local, weight, bias, layer.act_g, spectral, after_g, scale_of(affine_g))
+    if adds_pointwise(conv, local):
+        both = (weight, conv2.weight)
+        new_wide = convolved(conv, (local, mixed), both, bias, layer.act_g, None, after_g, scale)
+    else:
+        spectral = convolved(conv2, mixed, conv2.weight, None, scale=scale)
+        new_wide = convolved(conv, local, weight, bias, layer.act_g, spectral, after_g, scale)
 
     weight = torch.cat([conv.weight, layer.to_local.weight], dim=1)
     bias = fold_bias(total(conv.bias, layer.to_local.bias), affine_l)

@@ -1,11 +1,12 @@
 r"""Fused convolution: everything that inpainting networks wrap around a convolution, in one pass over memory.
 
-$$ \mathrm{out} = \mathrm{act}(s \cdot \mathrm{conv}(\mathrm{pad}(\mathrm{up}(x \cdot m)), W) + t + b) + r $$
+$$ \mathrm{out} = \mathrm{act}(s \cdot (\mathrm{conv}(\mathrm{pad}(\mathrm{up}(x \cdot m)), W) + W_2 x_2) + t + b) + r $$
 
-with any padding mode, a mask m on the input, nearest-neighbour upsampling, a folded batch norm (s, t), bias b, activation
-and a residual r before or after it. On the CPU, 3×3 convolutions of stride 1 are computed by Winograd's F(4×4, 3×3)
-(Lavin and Gray, CVPR 2016): 36 products where the direct form needs 144. Its rounding error is larger, about 1e-6
-relative RMS at worst instead of 2e-7, and has a bound of its own (`docs/numerics.md`).
+with any padding mode, a mask m on the input, nearest-neighbour upsampling, a 1×1 convolution of another input in the same
+sums, a folded batch norm (s, t), bias b, activation and a residual r before or after it. On the CPU, 3×3 convolutions of
+stride 1 are computed by Winograd's F(4×4, 3×3) (Lavin and Gray, CVPR 2016): 36 products where the direct form needs 144.
+Its rounding error is larger, about 1e-6 relative RMS at worst instead of 2e-7, and has a bound of its own
+(`docs/numerics.md`).
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from inpaintrt.runtime.library import register
+from inpaintrt.runtime.policy import ieee
 from inpaintrt.runtime.spec import Cost, Lane, OpSpec, Outputs, Sample
 from inpaintrt.testing.compare import Numerics
 
@@ -46,20 +48,24 @@ def _reference(
     residual: Tensor | None = None,
     residual_mode: str = "after",
     second: Tensor | None = None,
+    second_weight: Tensor | None = None,
 ) -> Tensor:
     with torch.autocast(x.device.type, enabled=False):
-        if second is not None:
+        if second is not None and second_weight is None:
             x = torch.cat([x, second], dim=1)
         if mask is not None:
             x = x * mask
         if upsample > 1:
             x = F.interpolate(x, scale_factor=float(upsample), mode="nearest")
-        inside = bias if scale is None and shift is None else None
+        inside = bias if scale is None and shift is None and second_weight is None else None
         if transposed:
             y = F.conv_transpose2d(x, weight, inside, stride, padding[:2], output_padding, groups, dilation)
         else:
             y = convolve(x, weight, inside, stride, padding, dilation, groups, padding_mode)
         y = single(y)
+        if second_weight is not None:
+            assert second is not None
+            y = y + single(F.conv2d(second, second_weight))
         if scale is not None:
             y = y * single(scale).view(-1, 1, 1)
         for vector in (shift, bias if inside is None else None):
@@ -93,6 +99,7 @@ def _out(
     residual: Tensor | None,
     residual_mode: str,
     second: Tensor | None,
+    second_weight: Tensor | None,
 ) -> Outputs:
     check_operands(x, weight, stride, dilation, padding, padding_mode)
     if groups < 1 or upsample not in (1, 2) or residual_mode not in ("before", "after"):
@@ -106,7 +113,9 @@ def _out(
         raise ValueError(f"output_padding is {output_padding}; accepted: 0 unless transposed")
     check_activation(activation, alpha)
     b, c, h, w = x.shape
-    if second is not None:
+    if second_weight is not None and second is None:
+        raise ValueError("a second weight is given, but no second part of x")
+    if second is not None and second_weight is None:
         check_shape("the second part of x", second, (b, second.shape[1], h, w))
         c += second.shape[1]
     inputs, outputs = (
@@ -129,7 +138,10 @@ def _out(
     check_shape("mask", mask, *((m, n, h, w) for m in (1, b) for n in (1, c)))
     check_shape("residual", residual, shape)
     check_alike(x, weight=weight, bias=bias, scale=scale, shift=shift, mask=mask, residual=residual)
-    check_alike(x, second=second)
+    check_alike(x, second=second, second_weight=second_weight)
+    if second is not None and second_weight is not None:
+        check_shape("the second part of x", second, (b, second.shape[1], *size))
+        check_shape("its weight", second_weight, (outputs, second.shape[1], 1, 1))
     return (empty_output(shape, x),)
 
 
@@ -141,12 +153,25 @@ def _cpu_refuses(
     padding: list[int],
     dilation: int,
     groups: int,
-    *_: object,
+    padding_mode: str,
+    mask: Tensor | None,
+    upsample: int,
+    transposed: bool,
+    *rest: object,
 ) -> Iterator[str]:
-    """Kernels longer than 64, strides above 8, groups."""
+    """Kernels longer than 64, strides above 8, groups; a second weight beside what is not Winograd's in two dimensions."""
     yield from cpu_refuses(x, weight, stride, padding, dilation)
     if groups != 1:
         yield f"groups is {groups}; 1 is covered"
+    sides, plain = tuple(weight.shape[2:]), stride == upsample == 1 and not transposed and dilation <= 64
+    if rest[-1] is not None and not (plain and (sides == (3, 3) or (sides == (5, 5) and not ieee.get()))):
+        yield 'a second weight is covered beside 3×3 and, but under precision="ieee", 5×5 filters of stride 1'
+
+
+def _gpu_refuses(x: Tensor, weight: Tensor, *rest: object) -> Iterator[str]:
+    """A second weight."""
+    if rest[-1] is not None:
+        yield "a second part of x with a weight of its own is not covered"
 
 
 def _cpu_numerics(
@@ -222,7 +247,12 @@ def _cost(x: Tensor, weight: Tensor, bias: Tensor | None, *rest: object) -> Cost
     (out,) = _out(x.to("meta"), weight.to("meta"), None if bias is None else bias.to("meta"), *_on_meta(rest))  # type: ignore[arg-type]
     taps = weight.shape[1] * weight.shape[2] * weight.shape[3]
     flops = 2.0 * taps * (x.numel() if rest[7] else out.numel())
-    moved = (x.numel() + weight.numel() + out.numel()) * x.element_size()
+    moved = x.numel() + weight.numel() + out.numel()
+    second, beside = rest[-2:]
+    if isinstance(second, Tensor) and isinstance(beside, Tensor):
+        flops += 2.0 * second.shape[1] * out.numel()
+        moved += second.numel() + beside.numel()
+    moved *= x.element_size()
     return Cost(flops=flops, bytes=moved)
 
 
@@ -236,9 +266,9 @@ SPEC = OpSpec(
     reference=_reference,
     out=_out,
     lanes={
-        "triton": Lane(),
-        "cuda": Lane(),
-        "cupy": Lane(),
+        "triton": Lane(refuses=_gpu_refuses),
+        "cuda": Lane(refuses=_gpu_refuses),
+        "cupy": Lane(refuses=_gpu_refuses),
         "cpu": Lane(dtypes=frozenset({torch.float32, torch.bfloat16}), refuses=_cpu_refuses, numerics=_cpu_numerics),
     },
     samples=_samples,
@@ -265,7 +295,7 @@ def _in_two(x: Tensor | Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
 
 def fused_conv2d(
     x: Tensor | Sequence[Tensor],
-    weight: Tensor,
+    weight: Tensor | Sequence[Tensor],
     bias: Tensor | None = None,
     *,
     stride: int = 1,
@@ -290,6 +320,8 @@ def fused_conv2d(
         x: (B, Cin, H, W), or several of equal size, read as their concatenation along the channels; floating point. On
             a CPU, the second of two is read in its place, without joining them, if the first has a multiple of 32 channels.
         weight: (Cout, Cin/groups, kh, kw); for `transposed` (Cin, Cout/groups, kh, kw). Dtype of x, as all tensors but mask.
+            Or two, one for each of two parts of x, whose convolutions are summed: the second (the torch op's `second_weight`)
+            is (Cout, C2, 1, 1), and its part (B, C2, H', W') has the output's size; the options before the sum are not for it.
         bias: (Cout,).
         stride, dilation, groups: as in torch.
         padding: on all sides, or (vertical, horizontal), or (top, left, bottom, right), or "same" (torch's: the larger half
@@ -313,7 +345,13 @@ def fused_conv2d(
     and 5 or 7 columns may be Winograd's, with an RMS error of up to 8 times and a largest error of up to 12 times the direct
     form's; precision="ieee" keeps to the direct form and F(2×2, 3×3), whose error is the direct form's.
     """
-    x, second = _in_two(x)
+    second_weight = None
+    if isinstance(weight, Tensor):
+        x, second = _in_two(x)
+    elif isinstance(x, Tensor) or len(x) != 2 or len(weight) != 2:
+        raise ValueError("weight has several parts; accepted: two, for two parts of x")
+    else:
+        (x, second), (weight, second_weight) = x, weight
     if x.dim() != 4 or weight.dim() != 4:
         raise ValueError(f"x is {tuple(x.shape)}, weight {tuple(weight.shape)}; accepted: 4-D tensors")
     size = [n * upsample for n in x.shape[2:]]
@@ -322,4 +360,5 @@ def fused_conv2d(
     return _call(  # type: ignore[no-any-return]
         x, weight, bias, stride, sides, dilation, groups, padding_mode, masked, upsample, transposed, output_padding,
         scale, shift, activation, alpha, residual, residual_mode, second,
+        second_weight,
     )  # fmt: skip
