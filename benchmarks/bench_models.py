@@ -369,21 +369,29 @@ def steady(name: str, accelerated: bool, height: int, width: int):
     return times[2:]
 
 
-ALONE = {"lama_mini": (400, 600)} | dict.fromkeys(
-    ("lama", "deepfill_v1", "deepfill_v2", "glcic", "partialconv_unet", "aotgan"), (512, 512)
-)
+ALONE = {
+    "lama_mini": ("lama_mini", (400, 600)),
+    "lama_256": ("lama", (256, 256)),
+    "lama_crop": ("lama", (456, 560)),
+    "lama_1024": ("lama", (1024, 1024)),
+    **{
+        name: (name, (512, 512))
+        for name in ("lama", "deepfill_v1", "deepfill_v2", "glcic", "partialconv_unet", "aotgan")
+    },
+}
 """Networks, by the names that `load` and `create` know, and the size of their images."""
 
 
-@pytest.mark.parametrize("name", ALONE)
-def test_own_process(versus, name):
+@pytest.mark.parametrize("case", ALONE)
+def test_own_process(versus, case):
     """As above, but each candidate alone in fresh processes, in turn.
 
     In one process the candidates share the allocator's heap: what `accelerate`'s probe frees there spares the eager
     model the page faults of its large intermediates, which a program without inpaintrt pays on every call.
     """
-    size = SMOKE if versus.smoke else ALONE[name]
+    name, size = ALONE[case]
     if versus.smoke:
+        size = SMOKE
         in_fresh_process(steady, "lama_mini", True, *size)
         versus.skip_timing()
         return
