@@ -69,6 +69,73 @@ def test_both_parts_have_gradients():
         torch.testing.assert_close(part.grad, grad, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("memory", ["contiguous", "channels_last", "turned"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("first", "kernel", "size", "options"),
+    [
+        (32, 3, (33, 40), {"padding": 1, "padding_mode": "reflect", "activation": "relu"}),
+        (64, 3, (5, 6), {"padding": 2, "dilation": 2}),
+        (160, 3, (4, 5), {"padding": 1, "stride": 2}),
+        (32, 5, (12, 17), {"padding": 2}),
+        (32, 4, (9, 9), {"padding": 1, "stride": 2, "transposed": True, "output_padding": 1}),
+        (32, 3, (7, 9), {"padding": 1, "upsample": 2}),
+        (96, 1, (20, 31), {"activation": "elu"}),
+        (20, 3, (9, 14), {"padding": 1}),
+    ],
+)
+def test_weights_of_two_parts_are_one_over_the_channels_of_both(first, kernel, size, options, dtype, memory):
+    """By each algorithm, bit for bit of contiguous ones; and where the first part ends within a vector of lanes."""
+    outputs, second = 37, 45
+    turned = options.get("transposed", False)
+    x, _, bias = (t.to(dtype) for t in _layer(first + second, outputs, *size))
+    whole = torch.randn(first + second, outputs, kernel, kernel).mul_(0.1).to(dtype)
+    parts = [w if turned else w.transpose(0, 1) for w in whole.split([first, second])]
+    joined = torch.cat(parts, dim=0 if turned else 1)
+    if memory == "channels_last":
+        parts[1] = parts[1].to(memory_format=torch.channels_last)
+    elif memory == "contiguous":
+        parts = [part.contiguous() for part in parts]
+    images = x.split([first, second], dim=1)
+    with use_backend("cpu", op="fused_conv2d"):
+        got = ops.fused_conv2d(images, parts, bias, **options)
+        want = ops.fused_conv2d(images, joined.contiguous(), bias, **options)
+    if memory == "contiguous":
+        assert torch.equal(got, want)
+    torch.testing.assert_close(got, want, **({"rtol": 1e-5, "atol": 1e-5} if dtype == torch.float32 else {}))
+    with use_backend("reference"):
+        assert torch.equal(
+            ops.fused_conv2d(images, parts, bias, **options), ops.fused_conv2d(x, joined, bias, **options)
+        )
+
+
+def test_weights_of_two_parts_have_gradients():
+    x, weight, bias = _layer(40, 5, 16, 17)
+    leaves = [t.clone().requires_grad_() for t in (*x.split([32, 8], dim=1), *weight.split([32, 8], dim=1))]
+    ops.fused_conv2d(leaves[:2], leaves[2:], bias, padding=1).square().sum().backward()
+    whole = [t.clone().requires_grad_() for t in (x, weight)]
+    F.conv2d(*whole, bias, padding=1).square().sum().backward()
+    wanted = [part for t in whole for part in t.grad.split([32, 8], dim=1)]
+    for leaf, grad in zip(leaves, wanted, strict=True):
+        torch.testing.assert_close(leaf.grad, grad, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("first", [32, 20])  # read in its place, and joined
+def test_weights_of_two_parts_that_do_not_fit_are_refused(first):
+    x, more = torch.zeros(1, first, 8, 8), torch.zeros(1, 5, 8, 8)
+    weight, beside = torch.zeros(4, first, 3, 3), torch.zeros(4, 5, 3, 3)
+    for parts, weights, options, message in [
+        ((x, more), (weight, beside[:3]), {}, "its weight"),
+        ((x, more), (weight, beside[:, :4]), {}, "its weight"),
+        ((x, more), (weight[:, :10], beside), {}, f"the first part of x has {first} channels"),
+        ((x, more), (weight, beside.double()), {}, "second_weight"),
+        ((x, more), (weight[:, : first // 2], beside), {"groups": 2}, "groups is 2"),
+        ((x, more), (weight, beside[..., :2]), {}, "its weight"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            ops.fused_conv2d(parts, weights, padding=1, **options)
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
@@ -145,9 +212,9 @@ def test_pointwise_convolutions_that_no_kernel_takes_are_refused_with_a_reason()
     wide = torch.zeros(4, 4, 5, 5)
     with use_backend("cpu", op="fused_conv2d"):
         ops.fused_conv2d((x, more), (wide, beside), padding=2)
-        with use_ieee(), pytest.raises(UnsupportedError, match="a second weight is covered beside 3×3"):
+        with use_ieee(), pytest.raises(UnsupportedError, match="a 1×1 weight is covered beside 3×3"):
             ops.fused_conv2d((x, more), (wide, beside), padding=2)
-        with pytest.raises(UnsupportedError, match="a second weight is covered beside 3×3"):
+        with pytest.raises(UnsupportedError, match="a 1×1 weight is covered beside 3×3"):
             ops.fused_conv2d((x, more[..., :4, :4]), (weight, beside), padding=1, stride=2)
     for lane in ("triton", "cuda", "cupy"):
         (why,) = SPEC.lanes[lane].refuses(x, weight, more, beside)
@@ -517,7 +584,7 @@ BESIDE = (torch.zeros(1, 4, 8, 8), torch.zeros(1, 3, 8, 8))
         ({"x": [torch.zeros(1, 4, 8, 8)], "weight": [torch.zeros(4, 4, 3, 3)]}, "two parts of x"),
         ({"x": BESIDE, "weight": (torch.zeros(4, 4, 3, 3), torch.zeros(4, 3, 1, 1))}, "second part"),  # of another size
         ({"x": BESIDE, "weight": (torch.zeros(4, 4, 3, 3), torch.zeros(4, 2, 1, 1)), "padding": 1}, "its weight"),
-        ({"x": BESIDE, "weight": (torch.zeros(4, 4, 3, 3), torch.zeros(4, 3, 3, 3)), "padding": 1}, "its weight"),
+        ({"x": BESIDE, "weight": (torch.zeros(4, 4, 3, 3), torch.zeros(4, 3, 2, 2)), "padding": 1}, "its weight"),
         (
             {"x": BESIDE, "weight": (torch.zeros(4, 4, 3, 3), torch.zeros(4, 3, 1, 1).double()), "padding": 1},
             "second_weight",

@@ -45,7 +45,9 @@ struct Windows {
 struct Call {
   const irt_view* x;  // `parts` of them, side by side along the channels; the first of two fills whole vectors of lanes
   int parts;
-  const irt_view *weight, *bias, *scale, *shift, *mask, *residual, *out;
+  const irt_view* weight;  // (Cout, Cin, kh, kw)
+  const irt_view* rest;    // the second part's weights, where `weight` has the first part's only; or null
+  const irt_view *bias, *scale, *shift, *mask, *residual, *out;
   const float *ratio, *valid;  // of partial convolution: planes (B, H', W'), or null
   const Style* style;          // of modulated convolution, or null
   const Windows* windows;      // of x, read in its place without padding; or null
@@ -66,7 +68,10 @@ struct Call {
   int64_t height() const { return out->sizes[2]; }
   int64_t width() const { return out->sizes[3]; }
   int64_t outputs() const { return out->sizes[1]; }
-  int64_t inputs() const { return weight->sizes[transposed ? 0 : 1]; }
+  int64_t inputs() const {
+    const int d = transposed ? 0 : 1;
+    return weight->sizes[d] + (rest ? rest->sizes[d] : 0);
+  }
   int64_t kernel_height() const { return weight->sizes[2]; }
   int64_t kernel_width() const { return weight->sizes[3]; }
 };
@@ -122,6 +127,7 @@ static inline bool fits(const Call& call) {
     if (d > 1) longest += call.dilation * (call.weight->sizes[d] - 1);  // strips hold what a row of outputs reads
     pixels *= static_cast<double>(d ? longest : 1);
     weights *= static_cast<double>(most(call.weight->sizes[d], 16));
+    if (call.rest && call.rest->sizes[d] > kLongest) return false;
   }
   return pixels <= 0x1p38 && weights <= 0x1p40;
 }

@@ -41,6 +41,18 @@ static inline const char* read_weight(const irt_value& value, Call& c) {
   return nullptr;
 }
 
+// The second part's weights, of the same kernel.
+static inline const char* read_rest(const irt_value& value, Call& c) {
+  c.rest = optional(value);
+  if (!c.rest || c.parts != 2) return "a weight of a second part, but no second part of x";
+  const int channels = c.transposed ? 0 : 1;
+  bool fits = c.rest->ndim == 4 && c.rest->dtype == c.x->dtype;
+  for (int d = 0; fits && d < 4; ++d) {
+    fits = c.rest->sizes[d] == (d == channels ? c.x[1].sizes[1] : c.weight->sizes[d]) && c.rest->sizes[d] > 0;
+  }
+  return fits && c.weight->sizes[channels] == c.x[0].sizes[1] ? nullptr : "two weights must fit the two parts of x";
+}
+
 // What is beside a call: a 1×1 convolution of tensors of the output's size. `b` is the one that `c` then points to.
 static inline const char* read_beside(const irt_view* x, const irt_value& weight, Call& c, Call& b) {
   b = {};

@@ -41,7 +41,9 @@ struct ColumnsGeometry {
     inputs = call.inputs(), units = ceil_div(inputs, kUnit), taps = call.kernel_height() * call.kernel_width();
     area = call.height() * call.width(), columns = call.batch() * area;
     width = columns <= W ? 1 : kPanelVectors, panels = ceil_div(columns, width * W), padded = panels * width * W;
-    chunk = least(units, most(1, kChunkLanes / (W * taps))), chunks = ceil_div(units, chunk);
+    chunk = least(units, most(1, kChunkLanes / (W * taps)));
+    while (call.rest && call.x->sizes[1] / kUnit % chunk) --chunk;  // a chunk's weights are of one part
+    chunks = ceil_div(units, chunk);
     block = most(1, kNear / (chunk * W * taps * padded));
     runs = Weights<T>(call).by_channels() ? 1 : taps;
 
@@ -269,24 +271,26 @@ class Columns {
     finish(first, count, chosen.features, totals, sums);
   }
 
-  // Where vector g of lanes of a chunk lies among the weights of a filter.
-  int64_t place(int64_t g, int64_t run) const {
+  int64_t first_channel(int64_t k) const { return k * g_.chunk * Geometry::kUnit; }
+  // Where vector g of lanes of chunk k lies among the weights of a filter, from the chunk's first on.
+  int64_t place(int64_t k, int64_t g, int64_t run) const {
     if (weights_.by_channels()) return g * Geometry::kUnit;
-    return weights_.at(0, g % run * Geometry::kUnit, g / run) - weights_.at(0, 0, 0);
+    const int64_t c = first_channel(k);
+    return weights_.at(0, c + g % run * Geometry::kUnit, g / run) - weights_.at(0, c, 0);
   }
   template <int kRows>
   void find(const Chosen& chosen, int64_t row, int64_t k, const T* (&filters)[kRows]) const {
-    for (int r = 0; r < kRows; ++r) filters[r] = weights_.at(chosen(row + r), k * g_.chunk * Geometry::kUnit, 0);
+    for (int r = 0; r < kRows; ++r) filters[r] = weights_.at(chosen(row + r), first_channel(k), 0);
   }
 
   // The weights of a chunk → [vector of lanes][filter][lane]
   template <int kRows>
   void copy_weights(const T* const (&filters)[kRows], int64_t k, float* to) const {
-    const int64_t run = g_.run(k), stride = weights_.by_channels() ? 1 : weights_.between_channels();
-    const int64_t channels = least(g_.some_units(k) * Geometry::kUnit, g_.inputs - k * g_.chunk * Geometry::kUnit);
+    const int64_t run = g_.run(k), stride = weights_.by_channels() ? 1 : weights_.between_channels(first_channel(k));
+    const int64_t channels = least(g_.some_units(k) * Geometry::kUnit, g_.inputs - first_channel(k));
     const int64_t length = g_.runs == 1 ? channels * g_.taps : channels;
     for (int64_t g = 0; g < g_.runs * run; ++g, to += kRows * W) {
-      const int64_t at = place(g, run), left = length - (g_.runs == 1 ? g : g % run) * Geometry::kUnit;
+      const int64_t at = place(k, g, run), left = length - (g_.runs == 1 ? g : g % run) * Geometry::kUnit;
       if (left >= Geometry::kUnit && stride == 1) {
         for (int r = 0; r < kRows; ++r) store(to + r * W, Lane::across(filters[r] + at, Geometry::kUnit, 1));
       } else {
@@ -307,7 +311,7 @@ class Columns {
     const int64_t groups = g_.groups(k), next_groups = g_.groups(next_k), next_run = g_.run(next_k);
     const auto fetch = [&](int64_t g) {
       if (g >= next_groups) return;
-      const int64_t at = place(g, next_run);
+      const int64_t at = place(next_k, g, next_run);
 #pragma GCC unroll 16
       for (int r = 0; r < kRows; ++r) __builtin_prefetch(filters[r] + at);
     };

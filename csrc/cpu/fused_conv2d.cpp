@@ -34,13 +34,15 @@ const char* read(const irt_call& call, irt_view (&parts)[2], conv::Call& beside,
   const irt_value* a = call.args;
   c.out = &call.outs[0], c.threads = call.threads, c.ieee = call.ieee, c.gain = 1.0f;
   if (const char* fault = conv::read_image(a[kX], c)) return fault;
-  const irt_view* second = conv::optional(a[kSecond]);
-  const bool is_beside = a[kSecondWeight].kind != IRT_NONE;
+  if (const char* fault = conv::read_weight(a[kWeight], c)) return fault;
+  const irt_view *second = conv::optional(a[kSecond]), *more_weight = conv::optional(a[kSecondWeight]);
+  const bool in_two = a[kSecondWeight].kind != IRT_NONE;
+  const bool is_beside = in_two && !(more_weight && more_weight->ndim == 4 &&
+                                     !memcmp(more_weight->sizes + 2, c.weight->sizes + 2, 2 * sizeof(int64_t)));
   if (second && !is_beside) {
     parts[0] = *c.x, parts[1] = *second;
     if (const char* fault = conv::join(parts, c)) return fault;
   }
-  if (const char* fault = conv::read_weight(a[kWeight], c)) return fault;
   if (const char* fault = conv::read_geometry(a[kStride], a[kPadding], a[kDilation], c)) return fault;
   if (const char* fault = conv::read_mode(a[kMode], c)) return fault;
   if (const char* fault = conv::read_activation(a[kActivation], a[kAlpha], c)) return fault;
@@ -51,6 +53,9 @@ const char* read(const irt_call& call, irt_view (&parts)[2], conv::Call& beside,
   if (c.upsample != 1 && c.upsample != 2) return "upsample must be 1 or 2";
   if (c.transposed && (c.upsample != 1 || c.padding != conv::Padding::zeros)) {
     return "a transposed convolution takes zero padding and no upsampling";
+  }
+  if (in_two && !is_beside) {
+    if (const char* fault = conv::read_rest(a[kSecondWeight], c)) return fault;
   }
   const int64_t more = a[kOutputPadding].i, outputs = c.weight->sizes[c.transposed ? 1 : 0];
   if (more < 0 || (more && !c.transposed) || more > (int64_t{1} << 40))
@@ -70,7 +75,7 @@ const char* read(const irt_call& call, irt_view (&parts)[2], conv::Call& beside,
 
 // (x, weight, bias | none, stride, padding[4], dilation, groups, padding_mode, mask | none, upsample,
 //  transposed, output_padding, scale | none, shift | none, activation, alpha, residual | none, residual_mode,
-//  second part of x | none, weight of that part, 1×1 | none) -> out
+//  second part of x | none, weight of that part, of the same kernel or 1×1 | none) -> out
 bool understood(const irt_call& call, irt_view (&parts)[2], conv::Call& beside, conv::Call& c, irt_status& status) {
   if (call.nargs != kArguments || call.nouts != 1) {
     fail(status, IRT_BAD_ARGUMENT, "expected the 20 arguments of fused_conv2d and one output");

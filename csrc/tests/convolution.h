@@ -31,6 +31,7 @@ struct Setting {
   int dtype = IRT_F32;
   int64_t b = 1, inputs = 1, outputs = 1, h = 1, w = 1, kh = 1, kw = 1;  // outputs: of a gated op half of the filters
   int64_t first = 0;                                                     // channels of the first of two parts of x
+  bool apart = false;                                                    // whether each part has a weight of its own
   int64_t beside = 0;                                                    // channels of a 1×1 convolution, or none
   int64_t stride = 1, dilation = 1, upsample = 1, output_padding = 0, pads[4] = {};  // top, left, bottom, right
   const char *mode = "zeros", *activation = "none";
@@ -74,12 +75,12 @@ struct Setting {
     snprintf(
         line, sizeof line,
         "%s %s%s %lldx%lld+%lldx%lldx%lld to %lld, kernel %lldx%lld stride %lld dilation %lld pads %lld %lld %lld "
-        "%lld %s%s +%lld up %lld %s beside %lld bias %d scale %d shift %d residual %d mask %lldx%lld memory %d %d %d",
+        "%lld %s%s%s +%lld up %lld %s beside %lld bias %d scale %d shift %d residual %d mask %lldx%lld memory %d %d %d",
         kOps[static_cast<int>(op)], dtype == IRT_F32 ? "f32" : "bf16", ieee ? " ieee" : "", n(b), n(first),
         n(inputs - first), n(h), n(w), n(outputs), n(kh), n(kw), n(stride), n(dilation), n(pads[0]), n(pads[1]),
-        n(pads[2]), n(pads[3]), mode, transposed ? " transposed" : "", n(output_padding), n(upsample), activation,
-        n(beside), bias, scale, shift, static_cast<int>(residual), n(mask_images), n(mask_channels),
-        static_cast<int>(memory), static_cast<int>(parameters), static_cast<int>(out_memory));
+        n(pads[2]), n(pads[3]), mode, transposed ? " transposed" : "", apart ? " apart" : "", n(output_padding),
+        n(upsample), activation, n(beside), bias, scale, shift, static_cast<int>(residual), n(mask_images),
+        n(mask_channels), static_cast<int>(memory), static_cast<int>(parameters), static_cast<int>(out_memory));
     return line;
   }
 };
@@ -112,7 +113,7 @@ inline Setting random_setting(Random& random, Op op) {
       s.upsample = coin(2) ? 2 : 1;
       s.transposed = coin(3);
       if (s.transposed) s.upsample = 1, s.mode = kModes[0], s.output_padding = random.between(0, s.stride - 1);
-      if (coin(3)) s.first = 32, s.inputs = 32 + random.between(1, 3);
+      if (coin(3)) s.first = 32, s.inputs = 32 + random.between(1, 3), s.apart = coin();
       if (coin(2) && coin()) s.kh = s.kw = 3, s.stride = 1, s.upsample = 1, s.transposed = false, s.output_padding = 0;
       if (!s.first && coin() && s.takes_beside()) s.beside = kChannels[random.between(0, 11)];
     }
@@ -148,7 +149,7 @@ inline Estimate activated(const Estimate& e, const char* name, double alpha) {
 class Convolution {
  public:
   const Setting s;
-  std::unique_ptr<Tensor> x[2], weight, beside[2], bias, scale, shift, mask, residual, out, updated;
+  std::unique_ptr<Tensor> x[2], weight, rest, beside[2], bias, scale, shift, mask, residual, out, updated;
 
   Convolution(Random& random, const Setting& setting) : s(setting) {
     const auto make = [&](std::unique_ptr<Tensor>& t, bool wanted, const Shape& shape, Memory memory) {
@@ -160,8 +161,11 @@ class Convolution {
     const Shape result{{s.b, s.outputs, s.out_size(0), s.out_size(1)}};
     make(x[0], true, {{s.b, s.first ? s.first : s.inputs, s.h, s.w}}, s.memory);
     make(x[1], s.first != 0, {{s.b, s.inputs - s.first, s.h, s.w}}, s.memory);
-    make(weight, true, {{s.transposed ? s.inputs : s.filters(), s.transposed ? s.filters() : s.inputs, s.kh, s.kw}},
-         s.parameters);
+    const auto filters = [&](int64_t inputs) {
+      return Shape{{s.transposed ? inputs : s.filters(), s.transposed ? s.filters() : inputs, s.kh, s.kw}};
+    };
+    make(weight, true, filters(s.apart ? s.first : s.inputs), s.parameters);
+    make(rest, s.apart, filters(s.inputs - s.first), Memory::nchw);
     make(beside[0], s.beside != 0, {{s.b, s.beside, s.out_size(0), s.out_size(1)}}, s.memory);
     make(beside[1], s.beside != 0, {{s.outputs, s.beside, 1, 1}}, s.parameters);
     vector(bias, s.bias), vector(scale, s.scale), vector(shift, s.shift);
@@ -180,7 +184,8 @@ class Convolution {
 
   std::vector<Tensor*> given() const {
     std::vector<Tensor*> all;
-    for (const auto* t : {&x[0], &x[1], &weight, &beside[0], &beside[1], &bias, &scale, &shift, &mask, &residual}) {
+    for (const auto* t :
+         {&x[0], &x[1], &weight, &rest, &beside[0], &beside[1], &bias, &scale, &shift, &mask, &residual}) {
       if (*t) all.push_back(t->get());
     }
     return all;
@@ -248,7 +253,7 @@ class Convolution {
                   tensor(c.residual),
                   value(order),
                   tensor(c.beside[0] ? c.beside[0] : c.x[1]),
-                  tensor(c.beside[1])};
+                  tensor(c.rest ? c.rest : c.beside[1])};
       }
       values.push_back(none());
       outs[0] = c.out->view();
@@ -336,6 +341,13 @@ class Convolution {
     return all;
   }
 
+  double weight_at(int64_t o, int64_t c, int64_t y, int64_t column) const {
+    const bool second = s.apart && c >= s.first;
+    const Tensor& t = second ? *rest : *weight;
+    if (second) c -= s.first;
+    return s.transposed ? t.get(c, o, y, column) : t.get(o, c, y, column);
+  }
+
   // sums += the 1×1 convolution beside them, of image i.
   void add_beside(int64_t i, std::vector<Estimate>& all) const {
     const int64_t width = s.out_size(1), area = s.out_size(0) * width;
@@ -362,8 +374,7 @@ class Convolution {
         Estimate* sum = &all[at(o * area)];
         for (int64_t t = 0; t < s.taps(); ++t) {
           const int64_t ky = t / s.kw * s.dilation, kx = t % s.kw * s.dilation;
-          const double factor =
-              s.transposed ? weight->get(c, o, t / s.kw, t % s.kw) : weight->get(o, c, t / s.kw, t % s.kw);
+          const double factor = weight_at(o, c, t / s.kw, t % s.kw);
           const auto add = [&](int64_t p, double v) {
             sum[p].value += factor * v;
             if (!spread) sum[p].magnitude += std::fabs(factor * v);

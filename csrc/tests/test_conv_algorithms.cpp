@@ -27,6 +27,7 @@ conv::Call engine_call(const Convolution& c, const Convolution::Arguments& a, ir
   if (s.first) {
     parts[0] = *call.x, parts[1] = *view(a.values[18]);
     call.x = parts, call.parts = 2;
+    if (s.apart) call.rest = view(a.values[19]);
   }
   call.weight = view(a.values[1]), call.bias = view(a.values[2]);
   if (!gated) {

@@ -29,6 +29,7 @@ struct Subject {
   Convolution::Arguments a;
   irt_call call;
   int64_t pads[5] = {1, 1, 1, 1, 1};
+  irt_view second{};
 
   explicit Subject(Random& random, const Setting& s) : convolution(random, s), a(convolution) {
     call = call_of(a.values.data(), a.count(), a.outs, s.op == Op::partial ? 2 : 1, 2);
@@ -186,9 +187,35 @@ std::vector<Fault> faults_of(Op op) {
   add("unknown order of the residual", [](Subject& s) { s.a.values[17] = value("beside"); });
   add("a second part of a first that fills no block", [](Subject& s) { s.a.values[18] = s.a.values[0]; });
   add("a weight of a second part that is absent", [](Subject& s) { s.a.values[19] = s.a.values[1]; });
-  add("a second part with a weight that is not 1×1",
+  add("a second weight for what fills no block",
       [](Subject& s) { s.a.values[18] = s.a.values[0], s.a.values[19] = s.a.values[1]; });
+  add("a second weight that is neither 1×1 nor of the first one's kernel", [](Subject& s) {
+    s.a.values[18] = s.a.values[0], s.a.values[19] = s.a.values[1];
+    s.second = *s.a.values[1].tensors, s.second.sizes[2] = 2, s.a.values[19].tensors = &s.second;
+  });
   return all;
+}
+
+// Each part of x with a weight of its own, one of which is wrong in one place.
+void weights_apart_that_do_not_fit() {
+  Random random{3};
+  Setting s = correct(Op::fused);
+  s.first = 32, s.inputs = 35, s.apart = true, s.mask_images = 0;
+  CHECK(Subject(random, s).answer("weights apart").code == IRT_OK, "weights apart are refused");
+  for (size_t i : {size_t{1}, size_t{19}}) {
+    for (int d = 0; d < 4; ++d) {
+      for (int64_t more : {-1, 1}) {
+        Subject subject(random, s);
+        subject.view(i).sizes[d] += more;
+        CHECK(subject.answer("a weight apart of another size").code == IRT_BAD_ARGUMENT,
+              "weight %d with %d more in dimension %d is accepted", static_cast<int>(i), static_cast<int>(more), d);
+      }
+    }
+    Subject other(random, s), flat(random, s);
+    other.view(i).dtype = IRT_BF16, flat.view(i).ndim = 3;
+    CHECK(other.answer("dtype").code == IRT_BAD_ARGUMENT, "a weight of another dtype is accepted");
+    CHECK(flat.answer("rank").code == IRT_BAD_ARGUMENT, "a weight of three dimensions is accepted");
+  }
 }
 
 void correct_calls_are_accepted() {
@@ -403,6 +430,7 @@ void sizes_beyond_all_memory() {
 const check::Case check::cases[] = {
     {"correct calls are accepted", correct_calls_are_accepted},
     {"one fault", one_fault},
+    {"weights apart that do not fit", weights_apart_that_do_not_fit},
     {"reflection beyond the image", reflection_beyond_the_image},
     {"other dtypes", other_dtypes},
     {"strides that mean nothing", strides_that_mean_nothing},

@@ -45,18 +45,20 @@ def convolved(
     """act(scale · conv(x) + bias + before) + after with the geometry of `conv` (transposed, too), another weight and bias.
 
     x: one tensor, or several, read side by side along the channels.
-    weight: one tensor, or, where `adds_pointwise`, those of two parts of x whose convolutions are summed, the second 1×1.
+    weight: one tensor, or those of two parts of x whose convolutions are summed: of one kernel, or, where `adds_pointwise`,
+        the second 1×1.
     act: a module, a pair (name, alpha) as ops have them, or None.
     after: gives the sum its dtype.
     scale: one factor per output, such as a batch norm's.
     upsample: 2 reads x doubled by nearest neighbour.
     """
     dtype = _kernel_dtype(conv, x)
-    assert isinstance(weight, Tensor) or dtype == torch.float32
-    if (
-        scale is not None and isinstance(weight, Tensor) and dtype != torch.float32
-    ):  # a factor rounded to bfloat16 would be wrong in the whole channel
-        weight = weight * (scale.view(-1, 1, 1) if getattr(conv, "transposed", False) else scale.view(-1, 1, 1, 1))
+    transposed = getattr(conv, "transposed", False)
+    if dtype is None and not isinstance(weight, Tensor):
+        weight = torch.cat(weight, dim=0 if transposed else 1)
+    if scale is not None and dtype != torch.float32:  # a factor rounded to bfloat16 would be wrong in the whole channel
+        factors = scale.view(-1, 1, 1) if transposed else scale.view(-1, 1, 1, 1)
+        weight = weight * factors if isinstance(weight, Tensor) else (weight[0] * factors, weight[1] * factors)
         scale = None
     if dtype is None:
         assert isinstance(weight, Tensor)
@@ -66,7 +68,6 @@ def convolved(
     fused = act is None or isinstance(act, (nn.ReLU, tuple))
     fits = after is not None and after.dtype == dtype and before is None and fused
     residual = after if fits else before
-    transposed = getattr(conv, "transposed", False)
     y = ops.fused_conv2d(
         _in(dtype, x), _in(dtype, weight), None if bias is None else bias.to(dtype),
         stride=conv.stride[0], padding=conv.padding, dilation=conv.dilation[0], padding_mode=conv.padding_mode,

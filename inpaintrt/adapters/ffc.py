@@ -7,7 +7,7 @@ the way. Biases, batch norms, activations, paddings, dilation, stride 2 and the 
 
 What is done, all of it exact algebra:
 
-- local-to-local and global-to-local are one convolution over concatenated input channels;
+- local-to-local and global-to-local are one convolution over the input channels of both;
 - every batch norm in eval mode folds into the convolution before it;
 - multiplications by a gate of 1 and additions of 0 are dropped;
 - the two streams are read as one, without a copy that joins them;
@@ -352,9 +352,9 @@ def ffc(layer: Layer, streams: Streams, affines: Affines, residual: Streams | No
         spectral = convolved(conv2, mixed, conv2.weight, None, scale=scale)
         new_wide = convolved(conv, local, weight, bias, layer.act_g, spectral, after_g, scale)
 
-    weight = torch.cat([conv.weight, layer.to_local.weight], dim=1)
+    weights = (conv.weight, layer.to_local.weight)
     bias = fold_bias(total(conv.bias, layer.to_local.bias), affine_l)
-    return convolved(conv, (local, wide), weight, bias, layer.act_l, None, after_l, scale_of(affine_l)), new_wide
+    return convolved(conv, (local, wide), weights, bias, layer.act_l, None, after_l, scale_of(affine_l)), new_wide
 
 
 def residual_block(block: tuple[Layer, Layer], streams: Streams, affines: Affines) -> Streams:

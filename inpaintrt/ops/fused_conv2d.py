@@ -51,6 +51,8 @@ def _reference(
     second_weight: Tensor | None = None,
 ) -> Tensor:
     with torch.autocast(x.device.type, enabled=False):
+        if second is not None and second_weight is not None and _alike(weight, second_weight):
+            weight, second_weight = torch.cat([weight, second_weight], dim=0 if transposed else 1), None
         if second is not None and second_weight is None:
             x = torch.cat([x, second], dim=1)
         if mask is not None:
@@ -115,12 +117,16 @@ def _out(
     b, c, h, w = x.shape
     if second_weight is not None and second is None:
         raise ValueError("a second weight is given, but no second part of x")
-    if second is not None and second_weight is None:
-        check_shape("the second part of x", second, (b, second.shape[1], h, w))
-        c += second.shape[1]
     inputs, outputs = (
         (weight.shape[0], weight.shape[1] * groups) if transposed else (weight.shape[1] * groups, weight.shape[0])
     )
+    beside = second_weight is not None and not _alike(weight, second_weight)
+    if second is not None and second_weight is not None and not beside:
+        _check_apart(x, weight, second, second_weight, transposed, groups)
+        inputs += second.shape[1]
+    if second is not None and not beside:
+        check_shape("the second part of x", second, (b, second.shape[1], h, w))
+        c += second.shape[1]
     if c != inputs or outputs % groups:
         raise ValueError(f"x has {c} channels, weight is {tuple(weight.shape)} in {groups} groups; they do not fit")
     if transposed:
@@ -139,7 +145,7 @@ def _out(
     check_shape("residual", residual, shape)
     check_alike(x, weight=weight, bias=bias, scale=scale, shift=shift, mask=mask, residual=residual)
     check_alike(x, second=second, second_weight=second_weight)
-    if second is not None and second_weight is not None:
+    if second is not None and second_weight is not None and beside:
         check_shape("the second part of x", second, (b, second.shape[1], *size))
         check_shape("its weight", second_weight, (outputs, second.shape[1], 1, 1))
     return (empty_output(shape, x),)
@@ -159,13 +165,15 @@ def _cpu_refuses(
     transposed: bool,
     *rest: object,
 ) -> Iterator[str]:
-    """Kernels longer than 64, strides above 8, groups; a second weight beside what is not Winograd's in two dimensions."""
+    """Kernels longer than 64, strides above 8, groups; a 1×1 weight beside what is not Winograd's in two dimensions."""
     yield from cpu_refuses(x, weight, stride, padding, dilation)
     if groups != 1:
         yield f"groups is {groups}; 1 is covered"
     sides, plain = tuple(weight.shape[2:]), stride == upsample == 1 and not transposed and dilation <= 64
-    if rest[-1] is not None and not (plain and (sides == (3, 3) or (sides == (5, 5) and not ieee.get()))):
-        yield 'a second weight is covered beside 3×3 and, but under precision="ieee", 5×5 filters of stride 1'
+    second_weight = rest[-1]
+    beside = isinstance(second_weight, Tensor) and not _alike(weight, second_weight)
+    if beside and not (plain and (sides == (3, 3) or (sides == (5, 5) and not ieee.get()))):
+        yield 'a 1×1 weight is covered beside 3×3 and, but under precision="ieee", 5×5 filters of stride 1'
 
 
 def _gpu_refuses(x: Tensor, weight: Tensor, *rest: object) -> Iterator[str]:
@@ -250,7 +258,8 @@ def _cost(x: Tensor, weight: Tensor, bias: Tensor | None, *rest: object) -> Cost
     moved = x.numel() + weight.numel() + out.numel()
     second, beside = rest[-2:]
     if isinstance(second, Tensor) and isinstance(beside, Tensor):
-        flops += 2.0 * second.shape[1] * out.numel()
+        taps = beside.shape[2] * beside.shape[3]
+        flops += 2.0 * taps * (second.numel() * beside.shape[1] if rest[7] else second.shape[1] * out.numel())
         moved += second.numel() + beside.numel()
     moved *= x.element_size()
     return Cost(flops=flops, bytes=moved)
@@ -281,6 +290,32 @@ _WHOLE_BLOCKS = 32
 """Channels that fill vectors of lanes on every ISA of a CPU: its kernels read the second part where the first ends."""
 
 
+def _alike(weight: Tensor, second_weight: Tensor) -> bool:
+    """Whether the two have one kernel: then both parts of x are read alike, side by side."""
+    return weight.shape[2:] == second_weight.shape[2:]
+
+
+def _check_apart(
+    x: Tensor, weight: Tensor, second: Tensor, second_weight: Tensor, transposed: bool, groups: int
+) -> None:
+    """Weights of one kernel, each against its part of x."""
+    if groups != 1:
+        raise ValueError(f"groups is {groups}; accepted for two weights of one kernel: 1")
+    inputs, outputs = weight.shape[:2] if transposed else (weight.shape[1], weight.shape[0])
+    if x.shape[1] != inputs:
+        raise ValueError(
+            f"the first part of x has {x.shape[1]} channels, its weight is {tuple(weight.shape)}; they do not fit"
+        )
+    first, last = (second.shape[1], outputs) if transposed else (outputs, second.shape[1])
+    check_shape("its weight", second_weight, (first, last, *weight.shape[2:]))
+    check_alike(x, weight=weight, second=second, second_weight=second_weight)
+
+
+def _joins(first: Tensor) -> bool:
+    """Whether a first part is no place for kernels to read a second one beside."""
+    return first.dim() != 4 or (first.device.type == "cpu" and first.shape[1] % _WHOLE_BLOCKS != 0)
+
+
 def _in_two(x: Tensor | Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
     """x as one tensor, or as two where kernels read them side by side."""
     if isinstance(x, Tensor):
@@ -288,7 +323,7 @@ def _in_two(x: Tensor | Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
     first, *rest = x
     if not rest:
         return first, None
-    if first.dim() != 4 or (first.device.type == "cpu" and first.shape[1] % _WHOLE_BLOCKS):
+    if _joins(first):
         return torch.cat([first, *rest], dim=1), None
     return first, rest[0] if len(rest) == 1 else torch.cat(rest, dim=1)
 
@@ -320,8 +355,10 @@ def fused_conv2d(
         x: (B, Cin, H, W), or several of equal size, read as their concatenation along the channels; floating point. On
             a CPU, the second of two is read in its place, without joining them, if the first has a multiple of 32 channels.
         weight: (Cout, Cin/groups, kh, kw); for `transposed` (Cin, Cout/groups, kh, kw). Dtype of x, as all tensors but mask.
-            Or two, one for each of two parts of x, whose convolutions are summed: the second (the torch op's `second_weight`)
-            is (Cout, C2, 1, 1), and its part (B, C2, H', W') has the output's size; the options before the sum are not for it.
+            Or two, one for each of two parts of x, whose convolutions are summed. A second one (the torch op's
+            `second_weight`) of the same kernel is read like the first, in one group: as their concatenation along the input
+            channels, without joining them where a CPU does not join x. Beside a larger kernel it may be (Cout, C2, 1, 1);
+            then its part (B, C2, H', W') has the output's size, and the options before the sum are not for it.
         bias: (Cout,).
         stride, dilation, groups: as in torch.
         padding: on all sides, or (vertical, horizontal), or (top, left, bottom, right), or "same" (torch's: the larger half
@@ -352,6 +389,11 @@ def fused_conv2d(
         raise ValueError("weight has several parts; accepted: two, for two parts of x")
     else:
         (x, second), (weight, second_weight) = x, weight
+        all_4d = all(t.dim() == 4 for t in (x, second, weight, second_weight))
+        if all_4d and _alike(weight, second_weight) and (x.device.type != "cpu" or _joins(x)):
+            _check_apart(x, weight, second, second_weight, transposed, groups)
+            weight, second_weight = torch.cat([weight, second_weight], dim=0 if transposed else 1), None
+            x, second = _in_two((x, second))
     if x.dim() != 4 or weight.dim() != 4:
         raise ValueError(f"x is {tuple(x.shape)}, weight {tuple(weight.shape)}; accepted: 4-D tensors")
     size = [n * upsample for n in x.shape[2:]]
