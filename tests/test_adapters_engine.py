@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from inpaintrt.adapters import engine
 from inpaintrt.adapters.engine import convolved, gate_convolved
 from inpaintrt.runtime import dispatch
 
@@ -81,3 +82,17 @@ def test_autocast_decides_the_precision():
         got = convolved(conv, x, conv.weight, conv.bias, nn.ReLU(), after=torch.ones(1, 4, 16, 16))
     assert got.dtype == torch.float32
     torch.testing.assert_close(got, conv(x).relu() + 1, rtol=0.05, atol=0.05)
+
+
+@torch.no_grad()
+def test_autocast_rounds_no_factors():
+    """Scale, bias and residual of float32 are used as they are: one rounding of the weights, and one at the end."""
+    conv, x = nn.Conv2d(6, 4, 3, padding=1), torch.randn(1, 6, 16, 16).bfloat16()
+    scale = torch.tensor([1.001, 3.003, -0.7007, 0.501])
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got = convolved(conv, x, conv.weight, conv.bias, scale=scale)
+    if got.dtype != torch.bfloat16 or not engine._bf16_pays():
+        return
+    exact = F.conv2d(x.double(), conv.weight.bfloat16().double(), padding=1) * scale.double().view(-1, 1, 1)
+    exact += conv.bias.double().view(-1, 1, 1)
+    torch.testing.assert_close(got.double(), exact, rtol=2**-8, atol=1e-6)

@@ -60,6 +60,7 @@ struct Call {
   float alpha, gain;
   bool residual_first;  // act(… + residual) instead of act(…) + residual
   bool ieee;            // no algorithm whose rounding error exceeds the direct form's
+  bool wide;            // beside bf16 images, weights (which are rounded as they are read) and vectors may be float32
   int threads;
   float* space;    // workspace of the caller's, as large as the algorithm needs it; null: it takes its own
   size_t* needed;  // not null: the algorithm says how many bytes of workspace it needs, and computes nothing

@@ -31,9 +31,13 @@ static inline const char* join(const irt_view (&parts)[2], Call& c) {
   return parts[0].sizes[1] % kWhole ? "the first part of x must fill whole blocks of channels" : nullptr;
 }
 
+static inline bool is_parameter(const irt_view& view, const Call& c) {
+  return view.dtype == c.x->dtype || (c.wide && c.x->dtype == IRT_BF16 && view.dtype == IRT_F32);
+}
+
 static inline const char* read_weight(const irt_value& value, Call& c) {
   c.weight = optional(value);
-  if (!c.weight || c.weight->ndim != 4 || c.weight->dtype != c.x->dtype) return "weight must be 4-D, of x's dtype";
+  if (!c.weight || c.weight->ndim != 4 || !is_parameter(*c.weight, c)) return "weight must be 4-D, of x's dtype";
   for (int d = 0; d < 4; ++d) {
     if (c.weight->sizes[d] < 1) return "weight must not be empty";
   }
@@ -46,7 +50,7 @@ static inline const char* read_rest(const irt_value& value, Call& c) {
   c.rest = optional(value);
   if (!c.rest || c.parts != 2) return "a weight of a second part, but no second part of x";
   const int channels = c.transposed ? 0 : 1;
-  bool fits = c.rest->ndim == 4 && c.rest->dtype == c.x->dtype;
+  bool fits = c.rest->ndim == 4 && c.rest->dtype == c.weight->dtype;
   for (int d = 0; fits && d < 4; ++d) {
     fits = c.rest->sizes[d] == (d == channels ? c.x[1].sizes[1] : c.weight->sizes[d]) && c.rest->sizes[d] > 0;
   }
@@ -63,7 +67,7 @@ static inline const char* read_beside(const irt_view* x, const irt_value& weight
   if (channels < 1 || w[0] != outputs || w[1] != channels || w[2] != 1 || w[3] != 1) {
     return "the weight beside must be (Cout, channels beside, 1, 1)";
   }
-  if (x->dtype != c.x->dtype || b.weight->dtype != c.x->dtype) return "what is beside must have x's dtype";
+  if (x->dtype != c.x->dtype || !is_parameter(*b.weight, c)) return "what is beside must have x's dtype";
   for (const int d : {0, 2, 3}) {
     if (size[d] != c.out->sizes[d]) return "what is beside must have the output's size";
   }
@@ -78,7 +82,7 @@ static inline const char* read_beside(const irt_view* x, const irt_value& weight
 // One number per output, or none.
 static inline const char* read_vector(const irt_value& value, int64_t length, const Call& c, const irt_view*& view) {
   view = optional(value);
-  const bool fits = !view || (view->ndim == 1 && view->dtype == c.x->dtype && view->sizes[0] == length);
+  const bool fits = !view || (view->ndim == 1 && is_parameter(*view, c) && view->sizes[0] == length);
   return fits ? nullptr : "bias, scale and shift must have one number of x's dtype for each output";
 }
 

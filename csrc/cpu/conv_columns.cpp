@@ -276,26 +276,26 @@ class Columns {
   int64_t place(int64_t k, int64_t g, int64_t run) const {
     if (weights_.by_channels()) return g * Geometry::kUnit;
     const int64_t c = first_channel(k);
-    return weights_.at(0, c + g % run * Geometry::kUnit, g / run) - weights_.at(0, c, 0);
+    return weights_.place(0, c + g % run * Geometry::kUnit, g / run) - weights_.place(0, c, 0);
   }
   template <int kRows>
-  void find(const Chosen& chosen, int64_t row, int64_t k, const T* (&filters)[kRows]) const {
+  void find(const Chosen& chosen, int64_t row, int64_t k, const char* (&filters)[kRows]) const {
     for (int r = 0; r < kRows; ++r) filters[r] = weights_.at(chosen(row + r), first_channel(k), 0);
   }
 
   // The weights of a chunk → [vector of lanes][filter][lane]
   template <int kRows>
-  void copy_weights(const T* const (&filters)[kRows], int64_t k, float* to) const {
+  void copy_weights(const char* const (&filters)[kRows], int64_t k, float* to) const {
     const int64_t run = g_.run(k), stride = weights_.by_channels() ? 1 : weights_.between_channels(first_channel(k));
     const int64_t channels = least(g_.some_units(k) * Geometry::kUnit, g_.inputs - first_channel(k));
     const int64_t length = g_.runs == 1 ? channels * g_.taps : channels;
     for (int64_t g = 0; g < g_.runs * run; ++g, to += kRows * W) {
       const int64_t at = place(k, g, run), left = length - (g_.runs == 1 ? g : g % run) * Geometry::kUnit;
       if (left >= Geometry::kUnit && stride == 1) {
-        for (int r = 0; r < kRows; ++r) store(to + r * W, Lane::across(filters[r] + at, Geometry::kUnit, 1));
+        for (int r = 0; r < kRows; ++r) store(to + r * W, weights_.across(filters[r], at, Geometry::kUnit, 1));
       } else {
         const int64_t some = least(left, Geometry::kUnit);
-        for (int r = 0; r < kRows; ++r) store(to + r * W, Lane::across(filters[r] + at, some, stride));
+        for (int r = 0; r < kRows; ++r) store(to + r * W, weights_.across(filters[r], at, some, stride));
       }
     }
   }
@@ -304,7 +304,7 @@ class Columns {
   template <int kRows>
   void tile(const Chosen& chosen, int64_t row, int64_t k, int64_t next, int64_t next_k, float* copy,
             float* totals) const {
-    const T* filters[kRows];
+    const char* filters[kRows];
     find(chosen, row, k, filters);
     copy_weights(filters, k, copy);
     find(chosen, next, next_k, filters);
@@ -313,7 +313,7 @@ class Columns {
       if (g >= next_groups) return;
       const int64_t at = place(next_k, g, next_run);
 #pragma GCC unroll 16
-      for (int r = 0; r < kRows; ++r) __builtin_prefetch(filters[r] + at);
+      for (int r = 0; r < kRows; ++r) weights_.fetch(filters[r], at);
     };
     const float* columns = chunk_at(k);
     for (int64_t p = 0; p < g_.panels; ++p) {

@@ -42,8 +42,9 @@ class Finish {
 
   Vec vector_of(const irt_view* view, int64_t block, float absent) const {
     if (!view) return Vec(absent);
-    const int64_t step = view->strides[0];
-    return load_some(static_cast<const T*>(view->data) + filters_.first(block) * step, filters_.count(block), step);
+    const int64_t step = view->strides[0], first = filters_.first(block) * step, count = filters_.count(block);
+    if (view->dtype == IRT_F32) return load_some(static_cast<const float*>(view->data) + first, count, step);
+    return load_some(static_cast<const T*>(view->data) + first, count, step);
   }
 
   void affine(int64_t block, int64_t count, float* sums) const {

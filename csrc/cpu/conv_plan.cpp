@@ -12,7 +12,7 @@ bool unstrided(const Call& call) { return call.stride == 1 && !call.transposed; 
 // Beyond, there are hardly any tiles to a subsampled grid, and strips of rows that far apart.
 bool near(const Call& call) { return call.dilation <= 64; }
 bool square(const Call& call, int64_t side) { return call.kernel_height() == side && call.kernel_width() == side; }
-bool single(const Call& call) { return call.weight->dtype == IRT_F32; }
+bool single(const Call& call) { return call.x->dtype == IRT_F32; }
 // Filters that a modulated convolution turns over by their strides.
 bool mirrored(const Call& call) { return call.weight->strides[2] < 0 || call.weight->strides[3] < 0; }
 // Whether what all outputs read may exist at once: 8 MB of it.

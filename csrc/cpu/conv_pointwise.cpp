@@ -80,7 +80,10 @@ class Pointwise {
 
   void run() {
     parallel_for(g_.panels * kPanelVectors, 1, g_.threads, [&](int64_t begin, int64_t end) {
-      for (int64_t o = begin; o < end; ++o) pack(o);
+      for (int64_t o = begin; o < end; ++o) {
+        const int64_t place = o / kPanelVectors * g_.lanes * kPanelVectors + o % kPanelVectors;
+        pack_pointwise(weights_, o, call_.inputs(), filters_ + place * W);
+      }
     });
     int next = 0;
     const int64_t rows = call_.batch() * call_.height();
@@ -99,21 +102,7 @@ class Pointwise {
   Source<T> source_;
   Finish<T> finish_;
   Weights<T> weights_;
-  float *filters_, *scratch_;
-
-  // → [panel][lane of inputs][panel's columns], one vector of outputs at a time.
-  void pack(int64_t o) const {
-    float* to = filters_ + (o / kPanelVectors * g_.lanes * kPanelVectors + o % kPanelVectors) * W;
-    alignas(64) float channels[W * Lane::kChannels * W];
-    for (int64_t c = 0; c < call_.inputs(); c += W * Lane::kChannels) {
-      const int64_t some = least(W * Lane::kChannels, call_.inputs() - c);
-      weights_.read(o, c, some, channels);
-      for (int64_t k = 0; k < some; k += Lane::kChannels) {
-        const Vec second = k + 1 < some ? load(channels + (k + 1) * W) : Vec(0.0f);
-        store(to + (c + k) / Lane::kChannels * kPanelColumns, Lane::pack(load(channels + k * W), second));
-      }
-    }
-  }
+  float *filters_, *scratch_;  // filters: [panel][lane of inputs][panel's columns]
 
   void block(int64_t b, int64_t y, int64_t first, float* inputs) const {
     const int64_t count = least(g_.count, call_.width() - first), distance = g_.pixels * W;

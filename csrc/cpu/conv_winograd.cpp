@@ -25,7 +25,8 @@
 // them.
 //
 // A 1×1 convolution beside this one (Call::beside) has no use for transforms: its products are added to the strips of
-// outputs while these are in L1, and its sum never is in memory.
+// outputs while these are in L1, and its sum never is in memory. Nothing cancels in it, so that it multiplies pairs of
+// bf16 data where the CPU does that (lanes.h).
 //
 // By phases, each phase has matrices of its own. All share the points, so that phases of inputs are summed as products,
 // in one chain over phases and channels, and phases of outputs are products of the same transformed inputs. A phase
@@ -82,12 +83,12 @@ struct Sizes {
   int64_t tiles, out_tiles;                          // distance of groups, odd, so that they do not share cache sets
   int64_t in_point, out_point, filter_point, strip;  // floats between the matrices, odd vectors likewise; of strips
   struct Beside {
-    int64_t inputs = 0, blocks = 0, group = 0;  // of what it reads; floats between blocks of channels
+    int64_t lanes = 0, blocks = 0, group = 0;  // of what it reads; floats between blocks of channels
   } beside;
   int threads;
 
-  // m outputs from n inputs.
-  Sizes(const Call& call, bool by_phases, int64_t m, int64_t n)
+  // m outputs from n inputs; what is beside is read with so many channels in a lane.
+  Sizes(const Call& call, bool by_phases, int64_t m, int64_t n, int64_t channels)
       : y(call, 0, by_phases),
         x(call, 1, by_phases),
         filters(call),
@@ -124,12 +125,12 @@ struct Sizes {
     strips = call.gated || call.beside ? 2 : 1;
     strip = most(n * in_pixels, strips * m * out_pixels) * W;
     if (!call.beside) return;
-    beside.inputs = call.beside->inputs(), beside.blocks = ceil_div(beside.inputs, W);
+    beside.lanes = ceil_div(call.beside->inputs(), channels), beside.blocks = ceil_div(beside.lanes, W);
     beside.group = (rows * m * call.width() | 1) * W;
   }
   int64_t filter_floats() const { return vectors(values.all * filter_point); }
   int64_t input_floats() const { return vectors(chunks * in.all * in_point) + vectors(beside.blocks * beside.group); }
-  int64_t beside_filter_floats() const { return vectors(panels * beside.inputs * kPanelColumns); }
+  int64_t beside_filter_floats() const { return vectors(panels * beside.lanes * kPanelColumns); }
   int64_t start_floats() const { return vectors(tiles_x); }
   int64_t shared_floats() const { return by_filters ? input_floats() : filter_floats(); }
   int64_t thread_floats() const {
@@ -140,9 +141,10 @@ struct Sizes {
   }
 };
 
-template <class Form, bool kPhases>
+template <class Form, bool kPhases, class T>
 struct WinogradGeometry : Sizes {
-  explicit WinogradGeometry(const Call& call) : Sizes(call, kPhases, Form::kOutputs, Form::kInputs) {}
+  explicit WinogradGeometry(const Call& call)
+      : Sizes(call, kPhases, Form::kOutputs, Form::kInputs, LaneOf<T>::kChannels) {}
 };
 
 // The products of a block of tiles with one panel of filters, at all points; the same for all forms. Of channels
@@ -199,7 +201,7 @@ void with_points(int64_t points, const Visit& visit) {
 template <class Form, bool kPhases, class T>
 class Winograd {
  public:
-  using Geometry = WinogradGeometry<Form, kPhases>;
+  using Geometry = WinogradGeometry<Form, kPhases, T>;
 
   Winograd(const Call& call, const Geometry& g, float* space)
       : call_(kPhases && call.upsample > 1 ? of_stored(call) : call),
@@ -233,7 +235,7 @@ class Winograd {
   Finish<T> finish_;
   Weights<T> weights_;
   struct Beside {  // where there is one
-    Source<T, Single> source;
+    Source<T> source;
     Weights<T> weights;
 
     explicit Beside(const Call& call) : source(call, false), weights(call) {}
@@ -426,13 +428,8 @@ class Winograd {
   // ---- what is beside: filters → [panel][channel][panel's columns], pixels → [block][row of tiles][row][pixel][lane]
 
   void pack_beside(int64_t o) const {
-    float* to = beside_filters_ + (o / kPanelVectors * g_.beside.inputs * kPanelVectors + o % kPanelVectors) * W;
-    alignas(64) float channels[W * W];
-    for (int64_t c = 0; c < g_.beside.inputs; c += W) {
-      const int64_t some = least(W, g_.beside.inputs - c);
-      beside_.weights.read(o, c, some, channels);
-      for (int64_t k = 0; k < some; ++k) store(to + (c + k) * kPanelColumns, load(channels + k * W));
-    }
+    const int64_t place = o / kPanelVectors * g_.beside.lanes * kPanelVectors + o % kPanelVectors;
+    if (call_.beside) pack_pointwise(beside_.weights, o, call_.beside->inputs(), beside_filters_ + place * W);
   }
 
   float* beside_pixels(const float* inputs, int64_t r) const {
@@ -453,12 +450,13 @@ class Winograd {
   // sums += row i of the pixels · a panel of the filters.
   void add_beside(const float* pixels, int64_t i, int64_t panel, float* sums, int64_t half) const {
     const int64_t width = call_.width();
-    const int tail = static_cast<int>(g_.beside.inputs - (g_.beside.blocks - 1) * W);
+    const int tail = static_cast<int>(g_.beside.lanes - (g_.beside.blocks - 1) * W);
     const Blocks row = {pixels + i * width * W, g_.beside.group, static_cast<int>(g_.beside.blocks), 1, tail};
-    gemm(row, width, beside_filters_ + panel * panel_floats(row), 1, [&](int, int64_t pixel, int v, Vec more) {
-      float* sum = sums + v * half + pixel * W;
-      store(sum, load(sum) + more);
-    });
+    gemm<LaneOf<T>>(row, width, beside_filters_ + panel * panel_floats(row), 1,
+                    [&](int, int64_t pixel, int v, Vec more) {
+                      float* sum = sums + v * half + pixel * W;
+                      store(sum, load(sum) + more);
+                    });
   }
 
   // ---- outputs

@@ -91,7 +91,9 @@ class Unit {
         scratch_(tables_ + g.table_floats),
         rows_(g.w, tables_, scratch_),
         columns_(g.h, tables_ + vectors(Fft::table_floats(g.w)), scratch_) {
-    pack(*call.args[1].tensors, call.args[2].kind == IRT_TENSOR ? call.args[2].tensors : nullptr);
+    const irt_view& weight = *call.args[1].tensors;
+    const irt_view* bias = call.args[2].kind == IRT_TENSOR ? call.args[2].tensors : nullptr;
+    weight.dtype == IRT_F32 ? pack<float>(weight, bias) : pack<T>(weight, bias);
   }
 
   void run() {
@@ -131,12 +133,14 @@ class Unit {
 
   // ---- weights: row 2o + r, column 2c + i → [o / W][c / W][i][c % W] as a row of W real and W imaginary outputs
 
+  // Of dtype P, as the bias: float32, or x's.
+  template <class P>
   void pack(const irt_view& weight, const irt_view* bias) {
     const int64_t panel = 2 * g_.c * kPanelColumns;
     parallel_for(g_.out_blocks, most(1, kGrain / panel), g_.threads, [&](int64_t begin, int64_t end) {
-      for (int64_t o = begin; o < end; ++o) pack_panel(weight, o, weight_ + o * panel);
+      for (int64_t o = begin; o < end; ++o) pack_panel<P>(weight, o, weight_ + o * panel);
     });
-    const T* values = bias ? static_cast<const T*>(bias->data) : nullptr;
+    const P* values = bias ? static_cast<const P*>(bias->data) : nullptr;
     const double scale = 1.0 / std::sqrt(static_cast<double>(g_.h) * static_cast<double>(g_.w));
     for (int64_t o = 0; o < g_.out_blocks * W; ++o) {
       for (int64_t part = 0; part < 2; ++part) {
@@ -147,15 +151,16 @@ class Unit {
     }
   }
 
+  template <class P>
   void pack_panel(const irt_view& weight, int64_t o, float* panel) const {
     const int64_t row = weight.strides[0], column = weight.strides[1], outputs = least(W, g_.co - o * W);
-    const T* first = static_cast<const T*>(weight.data) + 2 * o * W * row;
+    const P* first = static_cast<const P*>(weight.data) + 2 * o * W * row;
     for (int64_t part = 0; part < 2; ++part) {
       for (int64_t j = 0; j < 2 * g_.c; j += W) {
         Vec lanes[W];
         const int64_t some = least(W, 2 * g_.c - j);
         for (int64_t lane = 0; lane < outputs; ++lane) {
-          const T* from = first + (2 * lane + part) * row + j * column;
+          const P* from = first + (2 * lane + part) * row + j * column;
           lanes[lane] = some == W && column == 1 ? load(from) : load_some(from, some, column);
         }
         transpose(lanes);
@@ -259,20 +264,19 @@ void fourier_unit(const irt_call& call, irt_status& status) {
   const auto optional = [&](int i) { return call.args[i].kind == IRT_NONE || call.args[i].kind == IRT_TENSOR; };
   const char* expected =
       "expected x (B, C, h, w), weight (2 Co, 2 C[, 1, 1]), bias (2 Co) or none, residual (B, Co, h, w) or none and "
-      "one "
-      "output (B, Co, h, w), all of one dtype";
+      "one output (B, Co, h, w), all of one dtype; weight and bias may both be float32";
   if (call.nargs != 4 || call.nouts != 1 || !optional(2) || !optional(3) || x->ndim != 4 || weight->ndim < 2) {
     return fail(status, IRT_BAD_ARGUMENT, expected);
   }
   const irt_view& out = call.outs[0];
   const int64_t *size = x->sizes, outputs = weight->sizes[0] / 2;
   bool good = size[1] > 0 && size[2] > 0 && size[3] > 0 && outputs > 0 && weight->sizes[0] == 2 * outputs &&
-              weight->sizes[1] == 2 * size[1] && weight->dtype == x->dtype && out.dtype == x->dtype &&
-              is_shape(out, size[0], outputs, size[2], size[3]);
+              weight->sizes[1] == 2 * size[1] && (weight->dtype == x->dtype || weight->dtype == IRT_F32) &&
+              out.dtype == x->dtype && is_shape(out, size[0], outputs, size[2], size[3]);
   for (int d = 2; d < weight->ndim; ++d) good = good && weight->sizes[d] == 1;
   if (call.args[2].kind == IRT_TENSOR) {
     const irt_view& bias = *call.args[2].tensors;
-    good = good && bias.ndim == 1 && bias.sizes[0] == 2 * outputs && bias.dtype == x->dtype;
+    good = good && bias.ndim == 1 && bias.sizes[0] == 2 * outputs && bias.dtype == weight->dtype;
   }
   if (call.args[3].kind == IRT_TENSOR) {
     const irt_view& residual = *call.args[3].tensors;

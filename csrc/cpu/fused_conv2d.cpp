@@ -32,7 +32,7 @@ enum {
 // Why the arguments are not those of this op, or null.
 const char* read(const irt_call& call, irt_view (&parts)[2], conv::Call& beside, conv::Call& c) {
   const irt_value* a = call.args;
-  c.out = &call.outs[0], c.threads = call.threads, c.ieee = call.ieee, c.gain = 1.0f;
+  c.out = &call.outs[0], c.threads = call.threads, c.ieee = call.ieee, c.wide = true, c.gain = 1.0f;
   if (const char* fault = conv::read_image(a[kX], c)) return fault;
   if (const char* fault = conv::read_weight(a[kWeight], c)) return fault;
   const irt_view *second = conv::optional(a[kSecond]), *more_weight = conv::optional(a[kSecondWeight]);

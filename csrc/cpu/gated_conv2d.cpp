@@ -9,7 +9,7 @@ enum { kX, kWeight, kBias, kStride, kPadding, kDilation, kMode, kActivation, kAl
 // Why the arguments are not those of this op, or null.
 const char* read(const irt_call& call, conv::Call& c) {
   const irt_value* a = call.args;
-  c.out = &call.outs[0], c.threads = call.threads, c.ieee = call.ieee, c.gated = true, c.upsample = 1;
+  c.out = &call.outs[0], c.threads = call.threads, c.ieee = call.ieee, c.gated = c.wide = true, c.upsample = 1;
   if (const char* fault = conv::read_image(a[kX], c)) return fault;
   if (const char* fault = conv::read_weight(a[kWeight], c)) return fault;
   if (const char* fault = conv::read_geometry(a[kStride], a[kPadding], a[kDilation], c)) return fault;

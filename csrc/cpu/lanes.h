@@ -26,6 +26,8 @@ struct Single {
   static Vec across(const T* p, int64_t n, int64_t stride) {
     return n == Vec::kWidth && stride == 1 ? load(p) : load_some(p, n, stride);
   }
+  // Likewise of floats that are meant as bf16.
+  static Vec across_rounded(const float* p, int64_t n, int64_t stride) { return round_to_bf16(across(p, n, stride)); }
   // One lane of kWidth adjacent pixels.
   template <class T>
   static Vec down(const T* p, int64_t, int64_t) {
@@ -51,6 +53,15 @@ struct Pair {
     alignas(64) bf16 channels[2 * Vec::kWidth] = {};
     for (int64_t i = 0; i < n; ++i) channels[i] = p[i * stride];
     return _mm512_castsi512_ps(_mm512_load_si512(channels));
+  }
+  static Vec across_rounded(const float* p, int64_t n, int64_t stride) {
+    if (n == 2 * Vec::kWidth && stride == 1) {
+      const __m512bh both = _mm512_cvtne2ps_pbh(load(p + Vec::kWidth).v, load(p).v);
+      return _mm512_castsi512_ps(reinterpret_cast<__m512i>(both));
+    }
+    bf16 channels[2 * Vec::kWidth];
+    for (int64_t i = 0; i < n; ++i) from_float(p[i * stride], channels[i]);
+    return across(channels, n, 1);
   }
   static Vec down(const bf16* p, int64_t n, int64_t stride) {  // n channels are left
     const __m512i low = _mm512_srli_epi32(_mm512_castps_si512(load(p).v), 16);

@@ -129,13 +129,18 @@ static inline Vec load(const bf16* p) {
   return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
 }
 // Not VCVTNEPS2BF16, where the CPU has it: that makes subnormals 0, and bits would depend on the instruction set.
-static inline void store(bf16* p, Vec x) {
+static inline __m512i bf16_bits(Vec x) {  // in the upper half of each lane
   const __m512i u = _mm512_castps_si512(x.v);
   const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(u, 16), _mm512_set1_epi32(1));
   const __m512i rounded = _mm512_add_epi32(u, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
   const __mmask16 nan = _mm512_cmp_ps_mask(x.v, x.v, _CMP_UNORD_Q);
-  const __m512i out = _mm512_mask_or_epi32(rounded, nan, u, _mm512_set1_epi32(0x400000));
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(_mm512_srli_epi32(out, 16)));
+  return _mm512_mask_or_epi32(rounded, nan, u, _mm512_set1_epi32(0x400000));
+}
+static inline void store(bf16* p, Vec x) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(_mm512_srli_epi32(bf16_bits(x), 16)));
+}
+static inline Vec round_to_bf16(Vec x) {
+  return _mm512_castsi512_ps(_mm512_and_si512(bf16_bits(x), _mm512_set1_epi32(-65536)));
 }
 
 #elif defined(__AVX2__)
@@ -182,15 +187,21 @@ static inline Vec load(const bf16* p) {
   const __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
   return _mm256_castsi256_ps(_mm256_slli_epi32(wide, 16));
 }
-static inline void store(bf16* p, Vec x) {
+static inline __m256i bf16_bits(Vec x) {  // in the upper half of each lane
   const __m256i u = _mm256_castps_si256(x.v);
   const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(u, 16), _mm256_set1_epi32(1));
   const __m256i rounded = _mm256_add_epi32(u, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
   const __m256i quiet = _mm256_or_si256(u, _mm256_set1_epi32(0x400000));
   const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(x.v, x.v, _CMP_UNORD_Q));
-  const __m256i out = _mm256_srli_epi32(_mm256_blendv_epi8(rounded, quiet, nan), 16);
+  return _mm256_blendv_epi8(rounded, quiet, nan);
+}
+static inline void store(bf16* p, Vec x) {
+  const __m256i out = _mm256_srli_epi32(bf16_bits(x), 16);
   const __m128i packed = _mm_packus_epi32(_mm256_castsi256_si128(out), _mm256_extracti128_si256(out, 1));
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), packed);
+}
+static inline Vec round_to_bf16(Vec x) {
+  return _mm256_castsi256_ps(_mm256_and_si256(bf16_bits(x), _mm256_set1_epi32(-65536)));
 }
 
 #else
@@ -227,6 +238,11 @@ static inline Vec load(const f16* p) { return to_float(*p); }
 static inline void store(f16* p, Vec x) { from_float(x.v, *p); }
 static inline Vec load(const bf16* p) { return to_float(*p); }
 static inline void store(bf16* p, Vec x) { from_float(x.v, *p); }
+static inline Vec round_to_bf16(Vec x) {
+  bf16 rounded;
+  from_float(x.v, rounded);
+  return to_float(rounded);
+}
 
 #endif
 

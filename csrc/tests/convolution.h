@@ -36,11 +36,13 @@ struct Setting {
   int64_t stride = 1, dilation = 1, upsample = 1, output_padding = 0, pads[4] = {};  // top, left, bottom, right
   const char *mode = "zeros", *activation = "none";
   bool transposed = false, bias = false, scale = false, shift = false, ieee = false, window = true;
+  bool wide = false;  // whether weights and vectors are float32 beside bf16 images
   Residual residual = Residual::none;
   int64_t mask_images = 0, mask_channels = 0;  // 0: no mask
   double alpha = NAN, gain = 1.0, eps = 1e-8;  // NaN: alpha is absent
   Memory memory = Memory::nchw, parameters = Memory::nchw, out_memory = Memory::nchw;
 
+  int parameter() const { return wide ? int{IRT_F32} : dtype; }
   int64_t filters() const { return op == Op::gated ? 2 * outputs : outputs; }
   int64_t taps() const { return kh * kw; }
   int64_t out_size(int axis) const {
@@ -76,11 +78,15 @@ struct Setting {
         line, sizeof line,
         "%s %s%s %lldx%lld+%lldx%lldx%lld to %lld, kernel %lldx%lld stride %lld dilation %lld pads %lld %lld %lld "
         "%lld %s%s%s +%lld up %lld %s beside %lld bias %d scale %d shift %d residual %d mask %lldx%lld memory %d %d %d",
-        kOps[static_cast<int>(op)], dtype == IRT_F32 ? "f32" : "bf16", ieee ? " ieee" : "", n(b), n(first),
-        n(inputs - first), n(h), n(w), n(outputs), n(kh), n(kw), n(stride), n(dilation), n(pads[0]), n(pads[1]),
-        n(pads[2]), n(pads[3]), mode, transposed ? " transposed" : "", apart ? " apart" : "", n(output_padding),
-        n(upsample), activation, n(beside), bias, scale, shift, static_cast<int>(residual), n(mask_images),
-        n(mask_channels), static_cast<int>(memory), static_cast<int>(parameters), static_cast<int>(out_memory));
+        kOps[static_cast<int>(op)],
+        dtype == IRT_F32 ? "f32"
+        : wide           ? "bf16 by f32"
+                         : "bf16",
+        ieee ? " ieee" : "", n(b), n(first), n(inputs - first), n(h), n(w), n(outputs), n(kh), n(kw), n(stride),
+        n(dilation), n(pads[0]), n(pads[1]), n(pads[2]), n(pads[3]), mode, transposed ? " transposed" : "",
+        apart ? " apart" : "", n(output_padding), n(upsample), activation, n(beside), bias, scale, shift,
+        static_cast<int>(residual), n(mask_images), n(mask_channels), static_cast<int>(memory),
+        static_cast<int>(parameters), static_cast<int>(out_memory));
     return line;
   }
 };
@@ -107,6 +113,7 @@ inline Setting random_setting(Random& random, Op op) {
       s.gain = op == Op::gated && coin() ? 1.5 : 1.0;
     }
     s.bias = coin(), s.window = coin(), s.ieee = coin(2);
+    s.wide = s.dtype == IRT_BF16 && op != Op::partial && coin();
     if (op == Op::fused) {
       s.scale = coin(), s.shift = coin();
       s.residual = static_cast<Residual>(random.between(0, 2));
@@ -155,8 +162,11 @@ class Convolution {
     const auto make = [&](std::unique_ptr<Tensor>& t, bool wanted, const Shape& shape, Memory memory) {
       if (wanted) t = std::make_unique<Tensor>(random, s.dtype, shape, memory);
     };
+    const auto parameter = [&](std::unique_ptr<Tensor>& t, bool wanted, const Shape& shape, Memory memory) {
+      if (wanted) t = std::make_unique<Tensor>(random, s.parameter(), shape, memory);
+    };
     const auto vector = [&](std::unique_ptr<Tensor>& t, bool wanted) {
-      make(t, wanted, {{s.filters(), 1, 1, 1}}, s.parameters);
+      parameter(t, wanted, {{s.filters(), 1, 1, 1}}, s.parameters);
     };
     const Shape result{{s.b, s.outputs, s.out_size(0), s.out_size(1)}};
     make(x[0], true, {{s.b, s.first ? s.first : s.inputs, s.h, s.w}}, s.memory);
@@ -164,17 +174,17 @@ class Convolution {
     const auto filters = [&](int64_t inputs) {
       return Shape{{s.transposed ? inputs : s.filters(), s.transposed ? s.filters() : inputs, s.kh, s.kw}};
     };
-    make(weight, true, filters(s.apart ? s.first : s.inputs), s.parameters);
-    make(rest, s.apart, filters(s.inputs - s.first), Memory::nchw);
+    parameter(weight, true, filters(s.apart ? s.first : s.inputs), s.parameters);
+    parameter(rest, s.apart, filters(s.inputs - s.first), Memory::nchw);
     make(beside[0], s.beside != 0, {{s.b, s.beside, s.out_size(0), s.out_size(1)}}, s.memory);
-    make(beside[1], s.beside != 0, {{s.outputs, s.beside, 1, 1}}, s.parameters);
+    parameter(beside[1], s.beside != 0, {{s.outputs, s.beside, 1, 1}}, s.parameters);
     vector(bias, s.bias), vector(scale, s.scale), vector(shift, s.shift);
     make(mask, s.mask_images != 0, {{s.mask_images, s.mask_channels, s.h, s.w}}, s.memory);
     make(residual, s.residual != Residual::none, result, s.memory);
     make(out, true, result, s.out_memory);
     make(updated, s.op == Op::partial, {{s.b, 1, s.out_size(0), s.out_size(1)}}, s.out_memory);
     for (Tensor* t : given()) {
-      if (t != mask.get()) t->fill(random);
+      if (t != mask.get()) t->fill(random, s.wide && t->view().dtype == IRT_F32 ? 12 : 0);
     }
     if (!mask) return;
     constexpr double kFactors[] = {0.0, 0.0, 1.0, 1.0, 0.5};  // exact in products and in the plane's sums
@@ -345,8 +355,9 @@ class Convolution {
     const bool second = s.apart && c >= s.first;
     const Tensor& t = second ? *rest : *weight;
     if (second) c -= s.first;
-    return s.transposed ? t.get(c, o, y, column) : t.get(o, c, y, column);
+    return as_read(s.transposed ? t.get(c, o, y, column) : t.get(o, c, y, column));
   }
+  double as_read(double factor) const { return s.wide ? rounded_to_bf16(factor) : factor; }
 
   // sums += the 1×1 convolution beside them, of image i.
   void add_beside(int64_t i, std::vector<Estimate>& all) const {
@@ -354,7 +365,7 @@ class Convolution {
     for (int64_t o = 0; o < s.outputs; ++o) {
       for (int64_t p = 0; p < area; ++p) {
         for (int64_t c = 0; c < s.beside; ++c) {
-          const double v = beside[1]->get(o, c, 0, 0) * beside[0]->get(i, c, p / width, p % width);
+          const double v = as_read(beside[1]->get(o, c, 0, 0)) * beside[0]->get(i, c, p / width, p % width);
           all[at(o * area + p)].value += v, all[at(o * area + p)].magnitude += std::fabs(v);
         }
       }

@@ -30,6 +30,13 @@ inline double half_unit(double x, int dtype) {
   return std::ldexp(1.0, (x != 0.0 && exponent - 1 > low ? exponent - 1 : low) - precision_of(dtype));
 }
 
+// The bfloat16 next to x, of two the one whose last bit is 0; for x of normal size.
+inline double rounded_to_bf16(double x) {
+  int exponent = 0;
+  const double part = std::frexp(x, &exponent);
+  return std::ldexp(std::nearbyint(std::ldexp(part, 8)), exponent - 8);
+}
+
 // `x` must be representable, or infinite or NaN.
 inline void encode(double x, int dtype, unsigned char* at) {
   const float f = static_cast<float>(x);
@@ -127,11 +134,12 @@ class Tensor {
     }
   }
 
-  // Numbers that all formats represent: m · 2^e with |m| < 128 and e in [-8, -3].
-  void fill(Random& random) {
+  // Numbers that all formats represent: m · 2^e with |m| < 128 and e in [-8, -3]. With `more` bits, only float32 does.
+  void fill(Random& random, int more = 0) {
+    const int64_t most = (int64_t{128} << more) - 1;
     for_each([&](int64_t b, int64_t c, int64_t h, int64_t w) {
-      const auto m = static_cast<double>(random.between(-127, 127));
-      set(b, c, h, w, std::ldexp(m, static_cast<int>(random.between(-8, -3))));
+      const auto m = static_cast<double>(random.between(-most, most));
+      set(b, c, h, w, std::ldexp(m, static_cast<int>(random.between(-8, -3)) - more));
     });
   }
 

@@ -218,6 +218,33 @@ void weights_apart_that_do_not_fit() {
   }
 }
 
+// Float32 weights and vectors beside bf16 images: together or not, but no other mixture, and not for partial_conv2d.
+void other_parameters() {
+  Random random{4};
+  float one = 1.0f;
+  for (Op op : kAll) {
+    for (size_t i : {size_t{1}, size_t{2}}) {
+      for (int dtype : {IRT_F32, IRT_F16}) {
+        Subject s(random, correct(op, IRT_BF16));
+        const size_t place = s.weight() + i - 1;  // the weight, then the bias
+        s.view(place).dtype = dtype, s.view(place).data = &one;
+        for (int64_t& stride : s.view(place).strides) stride = 0;
+        const bool fits = dtype == IRT_F32 && op != Op::partial;
+        CHECK(s.answer("parameters").code == (fits ? IRT_OK : IRT_BAD_ARGUMENT), "%s: argument %d of dtype %d",
+              kOps[static_cast<int>(op)], static_cast<int>(place), dtype);
+      }
+    }
+  }
+  Setting s = correct(Op::fused, IRT_BF16);
+  s.first = 32, s.inputs = 35, s.apart = s.wide = true, s.mask_images = 0;
+  CHECK(Subject(random, s).answer("wide weights apart").code == IRT_OK, "wide weights apart are refused");
+  for (size_t i : {size_t{1}, size_t{19}}) {
+    Subject mixed(random, s);
+    mixed.view(i).dtype = IRT_BF16;
+    CHECK(mixed.answer("mixed").code == IRT_BAD_ARGUMENT, "weights of two dtypes are accepted");
+  }
+}
+
 void correct_calls_are_accepted() {
   Random random{1};
   for (Op op : kAll) {
@@ -431,6 +458,7 @@ const check::Case check::cases[] = {
     {"correct calls are accepted", correct_calls_are_accepted},
     {"one fault", one_fault},
     {"weights apart that do not fit", weights_apart_that_do_not_fit},
+    {"other parameters", other_parameters},
     {"reflection beyond the image", reflection_beyond_the_image},
     {"other dtypes", other_dtypes},
     {"strides that mean nothing", strides_that_mean_nothing},

@@ -185,14 +185,15 @@ struct Call {
   int dtype;
   Tensor x, weight, bias, residual;
 
-  Call(Random& random, const Dims& dims, int type, Memory memory, Memory parameters)
+  // `wide`: weight and bias are float32, whatever x is.
+  Call(Random& random, const Dims& dims, int type, Memory memory, Memory parameters, bool wide = false)
       : d(dims),
         dtype(type),
         x(random, type, {{d.b, d.c, d.h, d.w}}, memory),
-        weight(random, type, {{2 * d.co, 2 * d.c, 1, 1}}, parameters),
-        bias(random, type, {{2 * d.co, 1, 1, 1}}, parameters),
+        weight(random, wide ? int{IRT_F32} : type, {{2 * d.co, 2 * d.c, 1, 1}}, parameters),
+        bias(random, wide ? int{IRT_F32} : type, {{2 * d.co, 1, 1, 1}}, parameters),
         residual(random, type, {{d.b, d.co, d.h, d.w}}, memory) {
-    for (Tensor* t : {&x, &weight, &bias, &residual}) t->fill(random);
+    for (Tensor* t : {&x, &weight, &bias, &residual}) t->fill(random, wide && t->view().dtype == IRT_F32 ? 12 : 0);
   }
   Shape out_shape() const { return {{d.b, d.co, d.h, d.w}}; }
   Inputs inputs(bool with_bias = true, bool with_residual = true) const {
@@ -208,9 +209,9 @@ struct Call {
   }
 };
 
-void round_trip(Random& random, const Dims& d, int dtype, Memory in, Memory parameters, Memory out_in,
-                const char* what) {
-  const Call call(random, d, dtype, in, parameters);
+void round_trip(Random& random, const Dims& d, int dtype, Memory in, Memory parameters, Memory out_in, const char* what,
+                bool wide = false) {
+  const Call call(random, d, dtype, in, parameters, wide);
   const Inputs inputs = call.inputs(random.between(0, 3) != 0, random.between(0, 2) != 0);
   const Tensor out(random, dtype, call.out_shape(), out_in);
   const std::vector<unsigned char> before = call.bytes();
@@ -238,7 +239,7 @@ void every_layout_and_format() {
       const Dims d{random.between(1, 2), channels[random.between(0, 10)], channels[random.between(0, 10)],
                    random.between(1, 9), widths[random.between(0, 7)]};
       const auto in = static_cast<Memory>(round % 4), out = static_cast<Memory>(random.between(0, 2));
-      round_trip(random, d, dtype, in, static_cast<Memory>(random.between(0, 3)), out, "layouts");
+      round_trip(random, d, dtype, in, static_cast<Memory>(random.between(0, 3)), out, "layouts", round % 3 == 0);
       if (round % 4 < 2) round_trip(random, d, dtype, in, Memory::nchw, in, "dense");
     }
   }
@@ -263,6 +264,25 @@ void optional_arguments() {
     const Tensor out(random, IRT_F32, call.out_shape(), Memory::nchw);
     CHECK(call_kernel(inputs, out, 1).code == IRT_OK, "case %d", which);
     check_against(truth_of(call.d, inputs), call.d, inputs, out, "optional");
+  }
+}
+
+// They are one dtype, x's or float32.
+void weights_of_other_dtypes() {
+  Random random{8};
+  const Dims d{1, 3, 2, 4, 5};
+  for (int dtype : kDtypes) {
+    for (int of_weight : kDtypes) {
+      for (int of_bias : kDtypes) {
+        const Call call(random, d, dtype, Memory::nchw, Memory::nchw);
+        const Tensor weight(random, of_weight, {{4, 6, 1, 1}}, Memory::nchw),
+            bias(random, of_bias, {{4, 1, 1, 1}}, Memory::nchw), out(random, dtype, call.out_shape(), Memory::nchw);
+        const bool fits = of_weight == of_bias && (of_weight == dtype || of_weight == IRT_F32);
+        const irt_status status = call_kernel({call.x, weight, &bias, nullptr}, out, 1);
+        CHECK(status.code == (fits ? IRT_OK : IRT_BAD_ARGUMENT), "%s by %s, %s: %d", kNames[dtype], kNames[of_weight],
+              kNames[of_bias], status.code);
+      }
+    }
   }
 }
 
@@ -513,6 +533,7 @@ const check::Case check::cases[] = {
     {"every layout and format", every_layout_and_format},
     {"every kind of length", every_kind_of_length},
     {"optional arguments", optional_arguments},
+    {"weights of other dtypes", weights_of_other_dtypes},
     {"shares of threads", shares_of_threads},
     {"empty batch without memory", empty_batch_without_memory},
     {"NaN stays in its sample", nan_stays_in_its_sample},

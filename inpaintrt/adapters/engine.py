@@ -56,12 +56,10 @@ def convolved(
     transposed = getattr(conv, "transposed", False)
     if dtype is None and not isinstance(weight, Tensor):
         weight = torch.cat(weight, dim=0 if transposed else 1)
-    if scale is not None and dtype != torch.float32:  # a factor rounded to bfloat16 would be wrong in the whole channel
-        factors = scale.view(-1, 1, 1) if transposed else scale.view(-1, 1, 1, 1)
-        weight = weight * factors if isinstance(weight, Tensor) else (weight[0] * factors, weight[1] * factors)
-        scale = None
     if dtype is None:
         assert isinstance(weight, Tensor)
+        if scale is not None:
+            weight = weight * (scale.view(-1, 1, 1) if transposed else scale.view(-1, 1, 1, 1))
         y = _torchs(conv, x, weight, bias, upsample)
         return _plus(activated(act, y if before is None else y.add_(before)), after)
     name, alpha = ("relu", None) if isinstance(act, nn.ReLU) else act if isinstance(act, tuple) else ("none", None)
@@ -69,9 +67,10 @@ def convolved(
     fits = after is not None and after.dtype == dtype and before is None and fused
     residual = after if fits else before
     y = ops.fused_conv2d(
-        _in(dtype, x), _in(dtype, weight), None if bias is None else bias.to(dtype),
+        _in(dtype, x), _read_in(dtype, weight), None if bias is None else _read_in(dtype, bias),
         stride=conv.stride[0], padding=conv.padding, dilation=conv.dilation[0], padding_mode=conv.padding_mode,
-        upsample=upsample, transposed=transposed, output_padding=conv.output_padding[0] if transposed else 0, scale=scale,
+        upsample=upsample, transposed=transposed, output_padding=conv.output_padding[0] if transposed else 0,
+        scale=None if scale is None else _read_in(dtype, scale),
         activation=name, alpha=alpha, residual=None if residual is None else residual.to(dtype),
         residual_mode="after" if fits else "before",
     )  # fmt: skip
@@ -81,7 +80,7 @@ def convolved(
 def adds_pointwise(conv: Any, x: Tensor) -> bool:
     """Whether `convolved` can add a 1×1 convolution of another tensor, of the output's size, in the sums of conv(x)."""
     plain = tuple(conv.kernel_size) == (3, 3) and conv.stride[0] == 1 and conv.dilation[0] <= 64
-    return plain and not getattr(conv, "transposed", False) and _kernel_dtype(conv, x) == torch.float32
+    return plain and not getattr(conv, "transposed", False) and _kernel_dtype(conv, x) is not None
 
 
 def gate_convolved(conv: Any, x: Tensor, weight: Tensor, bias: Tensor | None, act: tuple[str, float | None]) -> Tensor:
@@ -91,7 +90,7 @@ def gate_convolved(conv: Any, x: Tensor, weight: Tensor, bias: Tensor | None, ac
     if dtype is None:
         return ops.gated_activation(_torchs(conv, x, weight, bias), activation=name, alpha=alpha)
     return ops.gated_conv2d(
-        x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype),
+        x.to(dtype), _read_in(dtype, weight), None if bias is None else _read_in(dtype, bias),
         stride=conv.stride[0], padding=conv.padding, dilation=conv.dilation[0], padding_mode=conv.padding_mode,
         activation=name, alpha=alpha,
     )  # fmt: skip
@@ -111,6 +110,12 @@ def _torchs(conv: Any, x: Parts, weight: Tensor, bias: Tensor | None, upsample: 
 
 def _in(dtype: torch.dtype, x: Parts) -> Parts:
     return x.to(dtype) if isinstance(x, Tensor) else [part.to(dtype) for part in x]
+
+
+def _read_in(dtype: torch.dtype, weight: Any) -> Any:
+    """Weights and vectors as kernels of `dtype` take them: float32 ones as they are, without a copy."""
+    parts = [weight] if isinstance(weight, Tensor) else weight
+    return weight if all(part.dtype == torch.float32 for part in parts) else _in(dtype, weight)
 
 
 def _plus(y: Tensor, after: Tensor | None) -> Tensor:

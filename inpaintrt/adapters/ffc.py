@@ -14,7 +14,7 @@ What is done, all of it exact algebra:
 - what the spectral part ends in, a 1×1 convolution, is summed with local-to-global's products;
 - the spectral part is one op, `ops.fourier_unit`, with the sums around it as its residual.
 
-Under bf16 autocast convolutions run in bfloat16; `fourier_unit` gets float32 and is not touched by autocast.
+Under bf16 autocast convolutions run in bfloat16; `fourier_unit` computes in float32 and is not touched by autocast.
 """
 
 from __future__ import annotations
@@ -299,16 +299,16 @@ def affines_of(*parts: Layer | Spectral) -> Affines:
     return dict(zip(norms, batch_norm_affines(norms), strict=True))
 
 
-def _exact(x: Tensor) -> Tensor:
+def exact(x: Tensor) -> Tensor:
     """In the dtype of spectra: float32 at least."""
     return x if x.dtype == torch.float64 else x.float()
 
 
 def fourier_unit(unit: Any, x: Tensor, residual: Tensor | None = None, affines: Affines | None = None) -> Tensor:
-    """A Fourier unit and the sum after it: x (B, C, h, w) → (B, Co, h, w), float32 (float64 for float64)."""
+    """A Fourier unit and the sum after it: x (B, C, h, w) → (B, Co, h, w), dtype of x."""
     conv, norm = unit.conv_layer, child(unit, "bn")
     affine = None if norm is None else batch_norm_affine(norm) if affines is None else affines[norm]
-    return ops.fourier_unit(_exact(x), fold_weight(conv.weight, affine), fold_bias(conv.bias, affine), residual)
+    return ops.fourier_unit(x, fold_weight(conv.weight, affine), fold_bias(conv.bias, affine), residual)
 
 
 def quarters(x: Tensor) -> Tensor:
@@ -319,7 +319,7 @@ def quarters(x: Tensor) -> Tensor:
 
 
 def transformed(spectral: Spectral, x: Tensor, affines: Affines) -> Tensor:
-    """A spectral transform up to its last convolution, float32 (float64 for float64)."""
+    """A spectral transform up to its last convolution."""
     if spectral.before is not None:
         x = spectral.before(x)
     conv, affine = spectral.conv1, affines.get(spectral.norm)
@@ -327,7 +327,8 @@ def transformed(spectral: Spectral, x: Tensor, affines: Affines) -> Tensor:
     hidden = convolved(conv, x, conv.weight, fold_bias(conv.bias, affine), before, scale=scale_of(affine))
     for module in rest:
         hidden = activated(module, hidden)
-    hidden = _exact(hidden)
+    if hidden.device.type != "cpu" or spectral.local_unit is not None:  # else it is widened as it is read
+        hidden = exact(hidden)
     residual = hidden
     if spectral.local_unit is not None:
         residual = fourier_unit(spectral.local_unit, quarters(hidden), None, affines).repeat(1, 1, 2, 2).add_(hidden)

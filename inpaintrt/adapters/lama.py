@@ -24,6 +24,7 @@ from .ffc import (
     Streams,
     affines_of,
     block_of,
+    exact,
     ffc,
     first_broken,
     fourier_unit,
@@ -236,8 +237,6 @@ class GeneratorAdapter:
         streams: Any = y.contiguous(memory_format=torch.channels_last)
         for part in plan.head:
             streams = head_layer(part, streams, affines)
-        if streams[0].dtype == torch.bfloat16:  # a sum over many blocks needs more digits than each of them
-            streams = tuple(stream.float() for stream in streams)
         for block in plan.blocks:
             streams = residual_block(block, streams, affines)
         y = torch.cat(streams, dim=1)
@@ -399,7 +398,7 @@ class FourierUnitAdapter:
         return why_not_fourier_unit(module) if _speaks_of_spectra(module) else ""
 
     def forward(self, module: Any, x: Tensor) -> Tensor:
-        return fourier_unit(module, x).contiguous()
+        return fourier_unit(module, exact(x)).contiguous()
 
     def refuses(self, module: Any, *args: Any) -> Iterator[str]:
         if (why := why_not_fourier_unit(module)) is not None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -77,6 +77,21 @@ def check_alike(x: Tensor, **others: Tensor | None) -> None:
     for name, t in others.items():
         if t is not None and (t.dtype != x.dtype or t.device != x.device):
             raise ValueError(f"{name} is {t.dtype} on {t.device}; accepted: x's {x.dtype} on {x.device}")
+
+
+def check_parameters(x: Tensor, **others: Tensor | None) -> None:
+    """Weights and vectors, which may be float32 beside x of half precision, and must be on its device."""
+    accepted = {x.dtype, torch.float32} if x.dtype in (torch.bfloat16, torch.float16) else {x.dtype}
+    for name, t in others.items():
+        if t is not None and (t.dtype not in accepted or t.device != x.device):
+            more = " or float32" if len(accepted) > 1 else ""
+            raise ValueError(f"{name} is {t.dtype} on {t.device}; accepted: x's {x.dtype}{more}, on {x.device}")
+
+
+def refuses_wide(x: Tensor, *parameters: object) -> Iterator[str]:
+    """A sentence against weights or vectors of another dtype than x's, where kernels know one."""
+    if any(isinstance(t, Tensor) and t.dtype != x.dtype for t in parameters):
+        yield "weights or vectors of another dtype than x's are not covered"
 
 
 def check_shape(name: str, t: Tensor | None, *accepted: tuple[int, ...]) -> None:

@@ -26,6 +26,7 @@ from torch import Tensor
 from inpaintrt.runtime.library import register
 from inpaintrt.runtime.spec import Cost, Lane, OpSpec, Outputs, Sample
 
+from ._convolution import check_alike, check_parameters, refuses_wide
 from ._shared import empty_output
 
 
@@ -61,14 +62,21 @@ def _out(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None
     shape = (b, matrix[0] // 2, h, w)
     if residual is not None and tuple(residual.shape) != shape:
         raise ValueError(f"residual has shape {tuple(residual.shape)}; accepted: {shape}")
-    for name, t in (("weight", weight), ("bias", bias), ("residual", residual)):
-        if t is not None and (t.dtype != x.dtype or t.device != x.device):
-            raise ValueError(f"{name} is {t.dtype} on {t.device}; accepted: x's {x.dtype} on {x.device}")
+    check_alike(x, residual=residual)
+    check_parameters(x, weight=weight, bias=bias)
+    if bias is not None and bias.dtype != weight.dtype:
+        raise ValueError(f"bias is {bias.dtype}; accepted: weight's {weight.dtype}")
     return (empty_output(shape, x),)
 
 
-def _cuda_refuses(x: Tensor, *rest: object) -> Iterator[str]:
-    """Heights and widths above 3840, whose transforms do not fit into shared memory."""
+def _triton_refuses(x: Tensor, weight: Tensor, bias: Tensor | None, *rest: object) -> Iterator[str]:
+    """Float32 weight and bias beside x of half precision."""
+    yield from refuses_wide(x, weight, bias)
+
+
+def _cuda_refuses(x: Tensor, weight: Tensor, bias: Tensor | None, *rest: object) -> Iterator[str]:
+    """Heights and widths above 3840, whose transforms do not fit into shared memory; float32 weight beside half x."""
+    yield from refuses_wide(x, weight, bias)
     if max(x.shape[2:]) > 3840:
         yield f"h and w are {x.shape[2]} and {x.shape[3]}; a transform in shared memory has at most 3840 points"
 
@@ -109,7 +117,7 @@ def _cost(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | Non
     transforms = 2.5 * h * w * math.log2(max(2, h * w)) * (c + outputs // 2)
     mix = 2.0 * inputs * outputs * h * (w // 2 + 1)
     tensors = [x, x.new_empty(()).expand(b, outputs // 2, h, w), *([] if residual is None else [residual])]
-    moved = sum(t.numel() for t in tensors) * x.element_size() + weight.numel() * weight.element_size()
+    moved = sum(t.numel() for t in tensors) * x.element_size() + weight.nbytes
     return Cost(flops=b * (transforms + mix), bytes=moved)
 
 
@@ -118,7 +126,12 @@ SPEC = OpSpec(
     summary="rfft2, channel mix, ReLU, irfft2: the spectral part of a fast Fourier convolution",
     reference=_reference,
     out=_out,
-    lanes={"cuda": Lane(refuses=_cuda_refuses), "cupy": Lane(refuses=_cuda_refuses), "triton": Lane(), "cpu": Lane()},
+    lanes={
+        "cuda": Lane(refuses=_cuda_refuses),
+        "cupy": Lane(refuses=_cuda_refuses),
+        "triton": Lane(refuses=_triton_refuses),
+        "cpu": Lane(),
+    },
     samples=_samples,
     cost=_cost,
 )
@@ -132,8 +145,9 @@ def fourier_unit(x: Tensor, weight: Tensor, bias: Tensor | None = None, residual
     Args:
         x: (B, C, h, w), any h and w from 1; float32, bfloat16, float16 (float64: reference only); any strides.
         weight: (2·Co, 2·C) or (2·Co, 2·C, 1, 1), dtype of x: row 2o (2o + 1) gives the real (imaginary) part of output
-            channel o, column 2c (2c + 1) reads the real (imaginary) part of input channel c.
-        bias: (2·Co,), added to the orthonormal spectrum at every frequency, before the ReLU; None for 0.
+            channel o, column 2c (2c + 1) reads the real (imaginary) part of input channel c. Beside x of half precision it
+            may be float32, and is used as it is.
+        bias: (2·Co,), dtype of weight, added to the orthonormal spectrum at every frequency, before the ReLU; None for 0.
         residual: (B, Co, h, w), added after the inverse; None for 0.
 
     Returns:

@@ -22,7 +22,17 @@ from inpaintrt.runtime.policy import ieee
 from inpaintrt.runtime.spec import Cost, Lane, OpSpec, Outputs, Sample
 from inpaintrt.testing.compare import Numerics
 
-from ._convolution import NO_PADDING, check_alike, check_operands, check_shape, convolve, output_size, single
+from ._convolution import (
+    NO_PADDING,
+    check_alike,
+    check_operands,
+    check_parameters,
+    check_shape,
+    convolve,
+    output_size,
+    refuses_wide,
+    single,
+)
 from ._engine import cpu_numerics, cpu_refuses
 from ._shared import activate, check_activation, empty_output, pad_sides
 
@@ -55,11 +65,13 @@ def _reference(
             weight, second_weight = torch.cat([weight, second_weight], dim=0 if transposed else 1), None
         if second is not None and second_weight is None:
             x = torch.cat([x, second], dim=1)
+        weight = weight.to(x.dtype)
         if mask is not None:
             x = x * mask
         if upsample > 1:
             x = F.interpolate(x, scale_factor=float(upsample), mode="nearest")
-        inside = bias if scale is None and shift is None and second_weight is None else None
+        alone = scale is None and shift is None and second_weight is None
+        inside = bias if alone and bias is not None and bias.dtype == x.dtype else None
         if transposed:
             y = F.conv_transpose2d(x, weight, inside, stride, padding[:2], output_padding, groups, dilation)
         else:
@@ -67,7 +79,7 @@ def _reference(
         y = single(y)
         if second_weight is not None:
             assert second is not None
-            y = y + single(F.conv2d(second, second_weight))
+            y = y + single(F.conv2d(second, second_weight.to(x.dtype)))
         if scale is not None:
             y = y * single(scale).view(-1, 1, 1)
         for vector in (shift, bias if inside is None else None):
@@ -143,8 +155,8 @@ def _out(
         check_shape(name, vector, (outputs,))
     check_shape("mask", mask, *((m, n, h, w) for m in (1, b) for n in (1, c)))
     check_shape("residual", residual, shape)
-    check_alike(x, weight=weight, bias=bias, scale=scale, shift=shift, mask=mask, residual=residual)
-    check_alike(x, second=second, second_weight=second_weight)
+    check_alike(x, mask=mask, residual=residual, second=second)
+    check_parameters(x, weight=weight, bias=bias, scale=scale, shift=shift, second_weight=second_weight)
     if second is not None and second_weight is not None and beside:
         check_shape("the second part of x", second, (b, second.shape[1], *size))
         check_shape("its weight", second_weight, (outputs, second.shape[1], 1, 1))
@@ -177,7 +189,8 @@ def _cpu_refuses(
 
 
 def _gpu_refuses(x: Tensor, weight: Tensor, *rest: object) -> Iterator[str]:
-    """A second weight."""
+    """A second weight; float32 weights or vectors beside half precision."""
+    yield from refuses_wide(x, weight, *rest)
     if rest[-1] is not None:
         yield "a second part of x with a weight of its own is not covered"
 
@@ -255,13 +268,12 @@ def _cost(x: Tensor, weight: Tensor, bias: Tensor | None, *rest: object) -> Cost
     (out,) = _out(x.to("meta"), weight.to("meta"), None if bias is None else bias.to("meta"), *_on_meta(rest))  # type: ignore[arg-type]
     taps = weight.shape[1] * weight.shape[2] * weight.shape[3]
     flops = 2.0 * taps * (x.numel() if rest[7] else out.numel())
-    moved = x.numel() + weight.numel() + out.numel()
+    moved = x.nbytes + weight.nbytes + out.nbytes
     second, beside = rest[-2:]
     if isinstance(second, Tensor) and isinstance(beside, Tensor):
         taps = beside.shape[2] * beside.shape[3]
         flops += 2.0 * taps * (second.numel() * beside.shape[1] if rest[7] else second.shape[1] * out.numel())
-        moved += second.numel() + beside.numel()
-    moved *= x.element_size()
+        moved += second.nbytes + beside.nbytes
     return Cost(flops=flops, bytes=moved)
 
 
@@ -308,7 +320,8 @@ def _check_apart(
         )
     first, last = (second.shape[1], outputs) if transposed else (outputs, second.shape[1])
     check_shape("its weight", second_weight, (first, last, *weight.shape[2:]))
-    check_alike(x, weight=weight, second=second, second_weight=second_weight)
+    if weight.dtype != second_weight.dtype:
+        raise ValueError(f"the weights are {weight.dtype} and {second_weight.dtype}; accepted: one dtype")
 
 
 def _joins(first: Tensor) -> bool:
@@ -354,12 +367,13 @@ def fused_conv2d(
     Args:
         x: (B, Cin, H, W), or several of equal size, read as their concatenation along the channels; floating point. On
             a CPU, the second of two is read in its place, without joining them, if the first has a multiple of 32 channels.
-        weight: (Cout, Cin/groups, kh, kw); for `transposed` (Cin, Cout/groups, kh, kw). Dtype of x, as all tensors but mask.
+        weight: (Cout, Cin/groups, kh, kw); for `transposed` (Cin, Cout/groups, kh, kw). Dtype of x, as all tensors but mask;
+            beside x of half precision also float32, which is rounded to x's dtype as it is read.
             Or two, one for each of two parts of x, whose convolutions are summed. A second one (the torch op's
             `second_weight`) of the same kernel is read like the first, in one group: as their concatenation along the input
             channels, without joining them where a CPU does not join x. Beside a larger kernel it may be (Cout, C2, 1, 1);
             then its part (B, C2, H', W') has the output's size, and the options before the sum are not for it.
-        bias: (Cout,).
+        bias: (Cout,), dtype of x; beside x of half precision also float32, which is used as it is; so scale and shift.
         stride, dilation, groups: as in torch.
         padding: on all sides, or (vertical, horizontal), or (top, left, bottom, right), or "same" (torch's: the larger half
             last, for stride 1), or "tf_same" (TensorFlow's, for any stride: output size ⌈size/stride⌉).

@@ -18,7 +18,16 @@ from torch import Tensor
 from inpaintrt.runtime.library import register
 from inpaintrt.runtime.spec import Cost, Lane, OpSpec, Outputs, Sample
 
-from ._convolution import NO_PADDING, check_alike, check_operands, check_shape, convolve, output_size, single
+from ._convolution import (
+    NO_PADDING,
+    check_operands,
+    check_parameters,
+    check_shape,
+    convolve,
+    output_size,
+    refuses_wide,
+    single,
+)
 from ._engine import cpu_numerics, cpu_refuses
 from ._shared import activate, check_activation, empty_output, pad_sides
 
@@ -37,8 +46,11 @@ def _reference(
     gain: float = 1.0,
 ) -> Tensor:
     with torch.autocast(x.device.type, enabled=False):
-        y = convolve(x, weight, bias, stride, padding, dilation, 1, padding_mode)
-        features, gates = single(y).chunk(2, dim=1)
+        inside = bias if bias is not None and bias.dtype == x.dtype else None
+        y = single(convolve(x, weight.to(x.dtype), inside, stride, padding, dilation, 1, padding_mode))
+        if bias is not None and inside is None:
+            y = y + bias.view(-1, 1, 1)
+        features, gates = y.chunk(2, dim=1)
         return (gain * activate(features, activation, alpha) * torch.sigmoid(gates)).to(x.dtype)
 
 
@@ -62,10 +74,15 @@ def _out(
             f"x has {x.shape[1]} channels, weight is {tuple(weight.shape)}; accepted: (2C, {x.shape[1]}, kh, kw)"
         )
     check_shape("bias", bias, (outputs,))
-    check_alike(x, weight=weight, bias=bias)
+    check_parameters(x, weight=weight, bias=bias)
     size = output_size(x.shape[2:], weight.shape[2:], stride, padding, dilation, padding_mode)
     shape = (x.shape[0], outputs // 2, *size)
     return (empty_output(shape, x),)
+
+
+def _gpu_refuses(x: Tensor, weight: Tensor, bias: Tensor | None, *rest: object) -> Iterator[str]:
+    """Float32 weights or bias beside half precision."""
+    yield from refuses_wide(x, weight, bias)
 
 
 def _cpu_refuses(
@@ -139,7 +156,7 @@ def _cost(
     h, w = output_size(x.shape[2:], weight.shape[2:], stride, padding, dilation)
     out = x.shape[0] * weight.shape[0] // 2 * h * w
     flops = 4.0 * out * weight[0].numel() + 25.0 * out
-    return Cost(flops=flops, bytes=(x.numel() + weight.numel() + out) * x.element_size())
+    return Cost(flops=flops, bytes=x.nbytes + weight.nbytes + out * x.element_size())
 
 
 SPEC = OpSpec(
@@ -148,9 +165,9 @@ SPEC = OpSpec(
     reference=_reference,
     out=_out,
     lanes={
-        "triton": Lane(),
-        "cuda": Lane(),
-        "cupy": Lane(),
+        "triton": Lane(refuses=_gpu_refuses),
+        "cuda": Lane(refuses=_gpu_refuses),
+        "cupy": Lane(refuses=_gpu_refuses),
         "cpu": Lane(dtypes=frozenset({torch.float32, torch.bfloat16}), refuses=_cpu_refuses, numerics=_cpu_numerics),  # type: ignore[arg-type]
     },
     samples=_samples,
@@ -178,8 +195,8 @@ def gated_conv2d(
     Args:
         x: (B, Cin, H, W), float32, bfloat16, float16 (float64: reference only); any strides.
         weight: (2C, Cin, kh, kw), filters of features first, then of gates. Two convolutions are one with their weights
-            concatenated. Dtype of x.
-        bias: (2C,), dtype of x.
+            concatenated. Dtype of x, or float32 beside x of half precision: rounded to x's dtype as it is read.
+        bias: (2C,), dtype of x, or float32 beside x of half precision: used as it is.
         stride, dilation: as in torch, the same in both directions.
         padding: on all sides, or (vertical, horizontal), or (top, left, bottom, right), or "same" (torch's: the larger
             half last, for stride 1), or "tf_same" (TensorFlow's, for any stride: output size ⌈size/stride⌉).
