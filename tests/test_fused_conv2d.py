@@ -129,6 +129,7 @@ def test_weights_of_two_parts_that_do_not_fit_are_refused(first):
         ((x, more), (weight, beside[:, :4]), {}, "its weight"),
         ((x, more), (weight[:, :10], beside), {}, f"the first part of x has {first} channels"),
         ((x, more), (weight, beside.double()), {}, "one dtype"),
+        ((x, more.bfloat16()), (weight, beside), {}, "second is torch.bfloat16"),
         ((x, more), (weight[:, : first // 2], beside), {"groups": 2}, "groups is 2"),
         ((x, more), (weight, beside[..., :2]), {}, "its weight"),
     ]:

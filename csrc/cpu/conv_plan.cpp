@@ -102,7 +102,9 @@ double planar_cost(const Call& call) {
   return pixels * (1.2 * taps * inputs * filters / static_cast<double>(W) + 8 * in_blocks + 24);
 }
 
-constexpr double kPair = 0.65;  // of a multiply-add's time for each of two channels that are multiplied at once
+// Of a multiply-add's time for each of two channels that are multiplied at once: 0.5 on a Zen 4, 0.65 on a Zen 5, where
+// what this decides (the direct form or Winograd's by phases) takes as long either way.
+constexpr double kPair = 0.55;
 
 // `packed`: of a vector of filters.
 double cost_of_direct(const Call& call, double packed) {

@@ -320,6 +320,7 @@ def _check_apart(
         )
     first, last = (second.shape[1], outputs) if transposed else (outputs, second.shape[1])
     check_shape("its weight", second_weight, (first, last, *weight.shape[2:]))
+    check_alike(x, second=second)
     if weight.dtype != second_weight.dtype:
         raise ValueError(f"the weights are {weight.dtype} and {second_weight.dtype}; accepted: one dtype")
 
