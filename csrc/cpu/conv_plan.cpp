@@ -102,8 +102,8 @@ double planar_cost(const Call& call) {
   return pixels * (1.2 * taps * inputs * filters / static_cast<double>(W) + 8 * in_blocks + 24);
 }
 
-// Of a multiply-add's time for each of two channels that are multiplied at once: 0.5 on a Zen 4, 0.65 on a Zen 5, where
-// what this decides (the direct form or Winograd's by phases) takes as long either way.
+// Of a multiply-add's time for each of two channels that are multiplied at once: between a Zen 4's, 0.5, and a Zen 5's,
+// 0.65. It decides between the direct form and Winograd's by phases, which by this model a Zen 5 finds alike.
 constexpr double kPair = 0.55;
 
 // `packed`: of a vector of filters.
